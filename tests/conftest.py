@@ -1,0 +1,97 @@
+"""Ranks for the tests: every call of `run_ranks` gets processes and a gloo process group of its own.
+
+The processes are forked from a server that has imported everything once per pytest worker, so that a group of
+four is there in a fraction of a second and no test can disturb the next.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import multiprocessing
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["hypothesis", "pytest", "zeroadam", "torch.nn.parallel", "torch.distributed.optim"])
+# Ranks that are still busy this long after another has failed are ended.
+GRACE_SECONDS = 5
+
+
+def _rank(
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, file: str, answer: Connection
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{file}", rank=rank, world_size=world_size, timeout=timedelta(seconds=30)
+        )
+        result = (None, function(*args))
+        dist.barrier()  # nobody leaves while another still needs it
+    except BaseException:
+        result = (traceback.format_exc(), None)
+    answer.send_bytes(pickle.dumps(result))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90) -> list[Any]:
+    """Run `function(*args)` on `world_size` ranks and return their results in rank order.
+
+    An exception on any rank fails the test with that rank's traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        answers, processes = [], []
+        for rank in range(world_size):
+            receive, send = CONTEXT.Pipe(duplex=False)
+            process = CONTEXT.Process(
+                target=_rank, args=(function, args, rank, world_size, f"{folder}/store", send), daemon=True
+            )
+            process.start()
+            send.close()
+            answers.append(receive)
+            processes.append(process)
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        deadline = time.monotonic() + timeout
+        try:
+            while len(results) + len(errors) < world_size and (left := deadline - time.monotonic()) > 0:
+                pending = [answer for r, answer in enumerate(answers) if r not in results and r not in errors]
+                for answer in wait(pending, timeout=left):
+                    rank = answers.index(answer)
+                    try:
+                        error, results[rank] = pickle.loads(answer.recv_bytes())
+                    except EOFError:
+                        error = "the process died without an answer"
+                    if error is not None:
+                        results.pop(rank, None)
+                        errors[rank] = error
+                        deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            silent = set(range(world_size)) - set(results) - set(errors)
+            for process in processes:
+                process.join(timeout=0 if silent else 10)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+    report = [f"rank {rank}:\n{error}" for rank, error in sorted(errors.items())]
+    report += [f"rank {rank}: no answer within {timeout:.0f} s, or after another failed" for rank in sorted(silent)]
+    if report:
+        pytest.fail("\n".join(report), pytrace=False)
+    return [results[rank] for rank in range(world_size)]
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., list[Any]]:
+    return _run_ranks

@@ -1,0 +1,86 @@
+"""Do all ranks build the same optimizer? Asked before anything that could hang or drift if they did not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# What a rank has, as text, in the order in which differences are reported.
+Manifest = dict[str, str]
+
+# Elements hashed at a time: bounds the memory that a fingerprint takes to some 16 MiB.
+CHUNK = 2**20
+
+
+def check_ranks_agree(process_group: dist.ProcessGroup, describe: Callable[[], Manifest]) -> None:
+    """Raise on every rank if the ranks' manifests differ, or if `describe` raises somewhere. A collective.
+
+    Raises:
+        the exception of `describe()`: on the ranks where it raised;
+        RuntimeError: on the others then, naming that rank; on all, naming the first difference and the ranks.
+    """
+    mine: Manifest = {}
+    error: Exception | None = None
+    try:
+        mine = describe()
+    except Exception as caught:
+        error = caught
+    answers: list[Any] = [None] * process_group.size()
+    failure = None if error is None else f"{type(error).__name__}: {error}"
+    dist.all_gather_object(answers, (failure, mine), group=process_group)
+    if error is not None:
+        raise error
+    for rank, (failure, _) in enumerate(answers):
+        if failure is not None:
+            raise RuntimeError(f"rank {rank} of the process group failed: {failure}")
+    for entry in dict.fromkeys(entry for _, manifest in answers for entry in manifest):
+        found: dict[str, list[int]] = {}
+        for rank, (_, manifest) in enumerate(answers):
+            found.setdefault(manifest.get(entry, "missing"), []).append(rank)
+        if len(found) > 1:
+            values = "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in found.items())
+            raise RuntimeError(f"the ranks of the process group disagree on {entry}: {values}")
+
+
+def describe_groups(groups: list[dict[str, Any]], first: int, defaults: dict[str, Any]) -> Manifest:
+    """What must be the same on every rank of `groups[first:]`: parameters, hyper-parameters, then values."""
+    manifest = {"the number of param groups": str(len(groups))}
+    values = {}
+    for index, group in list(enumerate(groups))[first:]:
+        manifest[f"the number of parameters in group {index}"] = str(len(group["params"]))
+        for name, param in named(group, index):
+            frozen = "" if param.requires_grad else ", frozen"
+            manifest[name] = f"shape {tuple(param.shape)}, stride {param.stride()}, {param.dtype}{frozen}"
+            values[
+                f"the values of {name} (wrap the model in DistributedDataParallel before building the optimizer, "
+                "or broadcast the parameters from one rank)"
+            ] = f"hash {fingerprint(param):x}"
+        for key in defaults:
+            value = group[key]
+            manifest[f"{key} of group {index}"] = str(float(value) if isinstance(value, Tensor) else value)
+    return manifest | values
+
+
+def named(group: dict[str, Any], index: int) -> list[tuple[str, Tensor]]:
+    """The parameters of a param group with the names to call them by in messages."""
+    names = group.get("param_names") or [f"{position} of group {index}" for position in range(len(group["params"]))]
+    return [(f"parameter {name}", param) for name, param in zip(names, group["params"], strict=True)]
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """A 64-bit hash of the bits of `tensor` [d0, ...]; a single differing element always changes it.
+
+    The sum, modulo 2^64, of every element's bits times an odd number made of its position.
+    """
+    bits_dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    weights = torch.arange(1, 2 * min(tensor.numel(), CHUNK) + 1, 2, device=tensor.device)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for index, chunk in enumerate(tensor.detach().reshape(-1).split(CHUNK)):
+        total += (chunk.view(bits_dtype).to(torch.int64) * weights[: chunk.numel()]).sum() * (2 * index + 1)
+    return int(total) % 2**64
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

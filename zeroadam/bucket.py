@@ -1,0 +1,115 @@
+"""Parameters that are updated by one call and gathered together: no communication, only who lies where.
+
+Most of a model's bytes lie in large pieces that are one run of memory. These travel directly from and into the
+parameter. The others are packed: the piece of rank r of every such parameter, one behind the other, is row r of
+a staging area [W, n]. The update runs on the parameter itself or, if it is packed, on this rank's row.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zeroadam.shard import shard
+
+# Pieces of this size and more are not packed: a message of their own costs less than copying them twice.
+DIRECT_BYTES = 256 * 2**10
+
+
+class Bucket:
+    """Some parameters of one param group, dtype and device.
+
+    Args:
+        params: parameters of any shape [d0, ...].
+        group_index: their place in `optimizer.param_groups`.
+        rank, world_size: in the process group over which they are cut.
+        equal_rows: whether the rows of one gather must have one length and follow each other in memory.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], group_index: int, rank: int, world_size: int, *, equal_rows: bool
+    ) -> None:
+        self.group_index, self.rank, self.world_size = group_index, rank, world_size
+        self.equal_rows = equal_rows
+        self.direct = [p for p in params if self._is_direct(p)]
+        self.packed = [p for p in params if not self._is_direct(p)]
+        self.params = [*self.direct, *self.packed]
+        self.layouts = [_layout(p) for p in self.params]
+        self.row_numels = [sum(self._piece(p, r).numel() for p in self.packed) for r in range(world_size)]
+        self.staging_bytes = world_size * max(self.row_numels) * params[0].element_size()
+
+    def _is_direct(self, param: Tensor) -> bool:
+        pieces = [self._piece(param, r) for r in range(self.world_size)]
+        if pieces[0].nbytes < DIRECT_BYTES or not all(is_dense(piece) for piece in pieces):
+            return False
+        return not self.equal_rows or (is_dense(param) and len({piece.numel() for piece in pieces}) == 1)
+
+    def use_staging(self, memory: Tensor) -> None:
+        """Lay the rows out in `memory`, uint8 [staging_bytes] or more, which is needed from `pack` to `unpack`."""
+        staging = memory[: self.staging_bytes].view(self.params[0].dtype).view(self.world_size, -1)
+        self.row_pieces = [self._cut(row, rank) for rank, row in enumerate(staging)]
+        if self.equal_rows:
+            self.staging_rows = list(staging)
+        else:
+            self.staging_rows = [row[:numel] for row, numel in zip(staging, self.row_numels, strict=True)]
+
+    def _cut(self, row: Tensor, rank: int) -> list[Tensor]:
+        """The packed pieces of `rank` inside its row: [n] -> [c, ...] each, in the stride order of the parameter."""
+        cut, offset = [], 0
+        for param in self.packed:
+            piece = self._piece(param, rank)
+            cut.append(row[offset:].as_strided(piece.shape, torch.empty_like(piece, device="meta").stride()))
+            offset += piece.numel()
+        return cut
+
+    def check(self) -> None:
+        """Raise RuntimeError for a gradient that is sparse, or a parameter that is no longer what it was."""
+        for param, layout in zip(self.params, self.layouts, strict=True):
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(param.shape)} has a sparse gradient, which Adam does not support: "
+                    "build its module with sparse=False"
+                )
+            if _layout(param) != layout:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(param.shape)} was {layout} (dtype, device, stride) when the "
+                    f"optimizer was built and is {_layout(param)} now: build it after casting and moving the model"
+                )
+
+    def pack(self) -> list[Tensor]:
+        """This rank's piece of every parameter, dense, to be updated in place: [d0, ...] -> [c, ...]."""
+        copies = self.row_pieces[self.rank]
+        if copies:
+            torch._foreach_copy_(copies, self._packed_pieces(self.rank))
+        return [*(self._piece(p, self.rank) for p in self.direct), *copies]
+
+    def rows(self) -> list[list[Tensor]]:
+        """What has to be gathered, once `pack`ed and updated: lists of W dense rows, [n_r] of rank r."""
+        gathers = [[flat(self._piece(p, r)) for r in range(self.world_size)] for p in self.direct]
+        return [*gathers, self.staging_rows] if self.packed else gathers
+
+    def unpack(self) -> None:
+        """Write the gathered rows into the packed parameters: [W, n] -> [d0, ...] each."""
+        for rank, pieces in enumerate(self.row_pieces):
+            if pieces:
+                torch._foreach_copy_(self._packed_pieces(rank), pieces)
+
+    def _packed_pieces(self, rank: int) -> list[Tensor]:
+        return [self._piece(p, rank) for p in self.packed]
+
+    def _piece(self, param: Tensor, rank: int) -> Tensor:
+        return shard(param.detach(), self.world_size, rank)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements of `tensor` fill one run of memory, in whatever order."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The run of memory of a dense tensor: [c, ...] -> [n]."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _layout(param: Tensor) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
+    return param.dtype, param.device, param.stride()

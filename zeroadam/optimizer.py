@@ -1,0 +1,345 @@
+"""Adam and AdamW with their state cut across the ranks. Read `step` first."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.optim.adam import adam
+from torch.optim.optimizer import ParamsT
+
+from zeroadam.agree import Manifest, check_ranks_agree, describe_groups, named
+from zeroadam.bucket import Bucket
+from zeroadam.collectives import all_gather, is_gloo
+from zeroadam.shard import shard
+from zeroadam.state import loaded_state, new_state
+
+# Buckets whose gather may be under way at once; each of them has staging memory of its own.
+IN_FLIGHT = 3
+# Device types for which torch has a fused Adam kernel.
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+class ZeroAdam(torch.optim.Adam):
+    """`torch.optim.Adam` that keeps 1/W of its state on each of W ranks: ZeRO stage 1 (arXiv:1910.02054).
+
+    Every rank has all parameters p [d0, ...] and their averaged gradients, from DistributedDataParallel or otherwise,
+    and owns a piece [c, ...] of each, c = ceil(d0 / W) (see `zeroadam.shard`). A step is
+
+        update      exp_avg, exp_avg_sq, p   [c, ...]                 this rank's piece, by torch's own Adam
+        all_gather  p                        [c, ...] -> [d0, ...]    the same parameters on every rank again
+
+    bucket by bucket, each gather under way while the next bucket is updated. The numbers are those of
+    `torch.optim.Adam`: bit for bit with `fused=False`, else up to the rounding of the fused kernel. `state[p]` holds
+    DTensors of the parameter's own shape, of which [c, ...] is on this rank, and p's `step` count.
+
+    The arguments are those of `torch.optim.Adam`, but `fused` is the default wherever torch has such a kernel. Further
+        process_group: the ranks over which the state is cut, all of them by default. As in DistributedDataParallel.
+        bucket_cap_mb: megabytes (2^20 bytes) of parameters that are updated and gathered together. The memory
+            for packing small parameters is at most three times this.
+
+    Building the optimizer and `add_param_group` are collectives of the process group. Both raise on every rank:
+        RuntimeError: ranks that disagree on parameters, their values or hyper-parameters; no process group.
+        ValueError: no parameters, complex or already sharded ones, `differentiable=True`; what torch's Adam refuses.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        bucket_cap_mb: float = 25,
+    ) -> None:
+        self.process_group = _joined(process_group)
+        self.rank, self.world_size = self.process_group.rank(), self.process_group.size()
+        self.bucket_cap_mb = bucket_cap_mb
+        self._meshes: dict[str, DeviceMesh] = {}
+
+        def build() -> Manifest:
+            super(ZeroAdam, self).__init__(
+                params,
+                lr,
+                betas,
+                eps,
+                weight_decay,
+                amsgrad,
+                foreach=foreach,
+                maximize=maximize,
+                capturable=capturable,
+                differentiable=differentiable,
+                fused=fused,
+                decoupled_weight_decay=decoupled_weight_decay,
+            )
+            return describe_groups(self.param_groups, 0, self.defaults)
+
+        check_ranks_agree(self.process_group, build)
+        # For torch's fused Adam, GradScaler leaves unscaling to step(); here gradients come to step() unscaled.
+        self._step_supports_amp_scaling = False
+        self._buckets: list[Bucket] = []
+        self._shard_new_parameters()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient. A collective of the process group.
+
+        Args:
+            closure: computes the loss and its gradients again and returns the loss.
+
+        Raises:
+            RuntimeError: a sparse gradient, or a parameter cast or moved since the optimizer was built. Nothing
+                has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        self._shard_new_parameters()
+        for bucket in self._buckets:
+            bucket.check()
+        gathering: deque[tuple[Bucket, list[dist.Work]]] = deque()
+        for bucket in self._buckets:
+            if len(gathering) == IN_FLIGHT:
+                _finish(*gathering.popleft())
+            self._update(bucket, bucket.pack())
+            gathering.append(
+                (bucket, [work for rows in bucket.rows() for work in all_gather(rows, self.process_group)])
+            )
+        while gathering:
+            _finish(*gathering.popleft())
+        return loss
+
+    def _update(self, bucket: Bucket, pieces: Sequence[Tensor]) -> None:
+        """One step of torch's Adam, in place on `pieces` and their state, [c, ...] each, where there is a gradient."""
+        group = self.param_groups[bucket.group_index]
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        state: dict[str, list[Tensor]] = {"step": [], "exp_avg": [], "exp_avg_sq": [], "max_exp_avg_sq": []}
+        for param, piece in zip(bucket.params, pieces, strict=True):
+            if param.grad is None:
+                continue
+            if piece.numel() == 0:  # another rank's, but its step counts here too
+                self.state[param]["step"] += 1
+                continue
+            grad = shard(param.grad, self.world_size, self.rank)
+            params.append(piece)
+            # Fused kernels go through memory without looking at strides.
+            grads.append(grad if grad.stride() == piece.stride() else torch.empty_like(piece).copy_(grad))
+            for key, values in state.items():
+                if key in self.state[param]:
+                    value = self.state[param][key]
+                    values.append(value.to_local() if isinstance(value, DTensor) else value)
+        if not params:
+            return
+        beta1, beta2 = group["betas"]
+        adam(
+            params,
+            grads,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["max_exp_avg_sq"],
+            state["step"],
+            foreach=group["foreach"],
+            capturable=group["capturable"],
+            fused=group["fused"],
+            amsgrad=group["amsgrad"],
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, as in `torch.optim.Optimizer`, also in the middle of training. A collective then.
+
+        Raises like the constructor, and leaves the optimizer as it was.
+        """
+        if not hasattr(self, "_buckets"):  # torch's constructor adds its groups here; ours checks them all at once
+            self._add_valid(param_group)
+            return
+        before = len(self.param_groups)
+
+        def add() -> Manifest:
+            self._add_valid(param_group)
+            return describe_groups(self.param_groups, before, self.defaults)
+
+        try:
+            check_ranks_agree(self.process_group, add)
+        except Exception:
+            del self.param_groups[before:]
+            raise
+        self._shard_new_parameters()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of another ZeroAdam of the same ranks or of a plain `torch.optim.Adam`.
+
+        Args:
+            state_dict: with this rank's DTensors, or with full tensors [d0, ...], of which this rank keeps [c, ...].
+
+        Raises:
+            ValueError: it is of other parameters. The optimizer is as it was.
+        """
+        before = self.state, self.param_groups
+        try:
+            super().load_state_dict(state_dict)
+            for group in self.param_groups:
+                _choose_kernel(group)
+            for param, state in self.state.items():
+                self.state[param] = loaded_state(state, param, self._mesh(param))
+        except Exception:
+            self.state, self.param_groups = before
+            raise
+        for bucket in self._buckets:
+            for param in bucket.params:
+                if param not in self.state:
+                    self.state[param] = new_state(param, self.param_groups[bucket.group_index], self._mesh(param))
+
+    def _add_valid(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["differentiable"]:
+            raise ValueError("differentiable=True is not supported: the all-gather passes no gradients on")
+        if len(set(group["params"])) < len(group["params"]):
+            raise ValueError(f"group {len(self.param_groups) - 1} holds a parameter twice")
+        for name, param in named(group, len(self.param_groups) - 1):
+            if isinstance(param, DTensor):
+                raise ValueError(f"{name} is a DTensor, so torch.optim.Adam shards its state already")
+            if param.is_complex():
+                raise ValueError(f"{name} is complex, which is not supported: hold torch.view_as_real() of it instead")
+        _choose_kernel(group)
+
+    def _shard_new_parameters(self) -> None:
+        """Give state and a bucket to parameters without: all at first, later those that were added or unfrozen."""
+        held = {param for bucket in self._buckets for param in bucket.params}
+        for index, group in enumerate(self.param_groups):
+            new = [p for p in group["params"] if p not in held and (p.requires_grad or p.grad is not None)]
+            for param in new:
+                if param not in self.state:
+                    self.state[param] = new_state(param, group, self._mesh(param))
+            for params in self._split(new):
+                equal_rows = not is_gloo(self.process_group, params[0].device.type)
+                self._buckets.append(Bucket(params, index, self.rank, self.world_size, equal_rows=equal_rows))
+        if len(held) < sum(len(bucket.params) for bucket in self._buckets):
+            self._assign_staging()
+
+    def _split(self, params: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Cut a list of parameters into runs of one dtype and device of about `bucket_cap_mb`, in order."""
+        splits: list[list[Tensor]] = []
+        for kind in dict.fromkeys((p.dtype, p.device) for p in params):
+            room = 0.0
+            for param in params:
+                if (param.dtype, param.device) == kind:
+                    if room <= 0:
+                        splits.append([])
+                        room = self.bucket_cap_mb * 2**20
+                    splits[-1].append(param)
+                    room -= param.nbytes
+        return splits
+
+    def _assign_staging(self) -> None:
+        """Bucket k shares its staging memory with bucket k + IN_FLIGHT, which begins only when k has finished."""
+        most = max(bucket.staging_bytes for bucket in self._buckets)
+        memory: dict[Any, Tensor] = {}
+        for k, bucket in enumerate(self._buckets):
+            device = bucket.params[0].device
+            slot = (device, k % IN_FLIGHT)
+            if slot not in memory:
+                memory[slot] = torch.empty(most, dtype=torch.uint8, device=device)
+            bucket.use_staging(memory[slot])
+
+    def _mesh(self, param: Tensor) -> DeviceMesh:
+        kind = param.device.type
+        if kind not in self._meshes:
+            self._meshes[kind] = DeviceMesh.from_group(self.process_group, kind)
+        return self._meshes[kind]
+
+
+class ZeroAdamW(ZeroAdam):
+    """`torch.optim.AdamW` that keeps 1/W of its state on each of W ranks. All else is as in `ZeroAdam`."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        bucket_cap_mb: float = 25,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            process_group=process_group,
+            bucket_cap_mb=bucket_cap_mb,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for group in self.param_groups:  # as in torch: also for dicts that were saved before it had this key
+            group["decoupled_weight_decay"] = True
+
+
+def _joined(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "there is no process group: call torch.distributed.init_process_group() before building the optimizer, "
+            "and start the script with torchrun (one process will do)"
+        )
+    group = process_group or dist.group.WORLD
+    if group is None or dist.get_rank(group) < 0:
+        raise ValueError("this rank is not in process_group: build the optimizer on the ranks of the group only")
+    return group
+
+
+def _choose_kernel(group: dict[str, Any]) -> None:
+    """Make fused the default of a param group where torch has a kernel for all its parameters."""
+    if group["fused"] is None and group["foreach"] is None:
+        group["fused"] = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in group["params"])
+
+
+def _finish(bucket: Bucket, works: Sequence[dist.Work]) -> None:
+    for work in works:
+        work.wait()
+    bucket.unpack()
