@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hypothesis", "pytest", "zeroadam", "torch.nn.parallel", "torch.distributed.optim"])
+CONTEXT.set_forkserver_preload(["hypothesis", "pytest", "torch._dynamo", "torch.distributed.optim", "zeroadam"])
 # Ranks that are still busy this long after another has failed are ended.
 GRACE_SECONDS = 5
 

@@ -33,9 +33,12 @@ class ZeroAdam(torch.optim.Adam):
         update      exp_avg, exp_avg_sq, p   [c, ...]                 this rank's piece, by torch's own Adam
         all_gather  p                        [c, ...] -> [d0, ...]    the same parameters on every rank again
 
-    bucket by bucket, each gather under way while the next bucket is updated. The numbers are those of
-    `torch.optim.Adam`: bit for bit with `fused=False`, else up to the rounding of the fused kernel. `state[p]` holds
-    DTensors of the parameter's own shape, of which [c, ...] is on this rank, and p's `step` count.
+    bucket by bucket, each gather under way while the next bucket is updated. `state[p]` holds DTensors of the
+    parameter's own shape, of which [c, ...] is on this rank, and p's `step` count.
+
+    The numbers are those of `torch.optim.Adam`, bit for bit with `fused=False`. Where torch's own kernels round the
+    last few elements of a run of memory unlike the rest, a cut moves that place: in fused ones, and in those for
+    coupled weight decay on bfloat16 and float16.
 
     The arguments are those of `torch.optim.Adam`, but `fused` is the default wherever torch has such a kernel. Further
         process_group: the ranks over which the state is cut, all of them by default. As in DistributedDataParallel.
