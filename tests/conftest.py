@@ -41,8 +41,9 @@ def _rank(
     except BaseException:
         result = (traceback.format_exc(), None)
     answer.send_bytes(pickle.dumps(result))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    answer.close()
+    # Not destroy_process_group(): while a gloo thread waits for the interpreter's lock it can deadlock in torch 2.13.
+    os._exit(0)
 
 
 def _run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90) -> list[Any]:

@@ -1,0 +1,346 @@
+"""Train a small GPT on text, byte by byte, under DistributedDataParallel: the whole job in one file.
+
+    torchrun --standalone --nproc_per_node=2 launch/train.py
+    torchrun --standalone --nproc_per_node=2 launch/train.py --optimizer adamw --data ~/books --plot loss.png
+
+By default the text is the source of Python's standard library on this machine, so nothing is downloaded.
+"""
+
+import argparse
+import io
+import math
+import os
+import resource
+import signal
+import statistics
+import sys
+import sysconfig
+import time
+from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from zeroadam import ZeroAdamW
+
+RANK = int(os.environ.get("RANK", 0))
+MAX_TEXT_BYTES = 16 * 2**20
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP: [batch, context, width] -> the same."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        x = x + self.project(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """A byte-level language model: [batch, context] of bytes -> [batch, context, 256] logits of the next."""
+
+    def __init__(self, width: int, layers: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.context = context
+        self.token, self.position = nn.Embedding(256, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
+        self.head.weight = self.token.weight
+        for name, param in self.named_parameters():
+            if param.dim() > 1:
+                out_of_block = name.endswith(("project.weight", "mlp.2.weight"))
+                nn.init.normal_(param, std=0.02 / math.sqrt(2 * layers) if out_of_block else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(x)))
+
+    @torch.no_grad()
+    def sample(self, prompt: bytes, length: int, generator: torch.Generator) -> str:
+        tokens = torch.frombuffer(bytearray(prompt), dtype=torch.uint8).long()[None]
+        for _ in range(length):
+            logits = self(tokens[:, -self.context :].to(self.position.weight.device))[0, -1].cpu()
+            tokens = torch.cat([tokens, torch.multinomial((logits / 0.8).softmax(-1), 1, generator=generator)[None]], 1)
+        return bytes(tokens[0].tolist()).decode(errors="replace")
+
+
+def read_text(path: Path) -> Tensor:
+    """All bytes of a file, or of a folder's text files in the order of their names: [n] uint8."""
+    if path.is_dir():
+        suffixes = {".py", ".txt", ".md", ".rst", ".c", ".h", ".html", ".json"}
+        files = sorted(f for f in path.rglob("*") if f.suffix in suffixes and "site-packages" not in f.parts)
+    else:
+        files = [path]
+    text = bytearray()
+    for file in files:
+        text += file.read_bytes()
+        if len(text) >= MAX_TEXT_BYTES:
+            break
+    return torch.frombuffer(text[:MAX_TEXT_BYTES], dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+
+
+def batch(text: Tensor, size: int, context: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Random windows of the text: [size, context + 1] int64."""
+    starts = torch.randint(len(text) - context, (size,), generator=generator)
+    return torch.stack([text[start : start + context + 1] for start in starts]).long().to(device)
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy in nats per byte: [size, context + 1] -> []."""
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: GPT, text: Tensor, args: argparse.Namespace, device: torch.device) -> float:
+    """Over the same windows every time, other ones on every rank, averaged over the ranks."""
+    generator = torch.Generator().manual_seed(RANK)
+    losses = [
+        loss_of(model, batch(text, args.batch_size, args.context, generator, device)) for _ in range(args.eval_batches)
+    ]
+    mean = torch.stack(losses).mean()
+    dist.all_reduce(mean)
+    return mean.item() / dist.get_world_size()
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    options = {"lr": args.lr, "betas": (0.9, 0.95), args.kernel: True}
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    if args.optimizer == "zero_redundancy":
+        return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **options)
+    return ZeroAdamW(groups, **options)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of Adam's moments on this rank."""
+    state = optimizer.optim.state if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer.state
+    moments = [v for s in state.values() for k, v in s.items() if k != "step"]
+    return sum((v.to_local() if isinstance(v, DTensor) else v).nbytes for v in moments)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this rank has held: on the GPU, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--optimizer", choices=["zeroadam", "adamw", "zero_redundancy"], default="zeroadam")
+    add("--kernel", choices=["fused", "foreach"], default="fused", help="which of torch's Adam kernels to use")
+    add("--data", type=Path, default=Path(sysconfig.get_path("stdlib")), metavar="PATH", help="a text file or a folder")
+    add("--steps", type=int, default=200)
+    add("--batch-size", type=int, default=8, help="sequences per rank and backward pass")
+    add("--grad-accum", type=int, default=1, help="backward passes per step")
+    add("--context", type=int, default=128, help="bytes per sequence")
+    add("--width", type=int, default=192)
+    add("--layers", type=int, default=4)
+    add("--heads", type=int, default=6)
+    add("--lr", type=float, default=2e-3, help="at its peak: linear warm-up, then a cosine to a tenth of it")
+    add("--warmup", type=int, default=20, help="steps")
+    add("--weight-decay", type=float, default=0.1)
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--eval-every", type=int, default=50, help="steps")
+    add("--eval-batches", type=int, default=8, help="per rank")
+    add("--sample", type=int, default=200, help="bytes of text to generate at the end")
+    add("--seed", type=int, default=0)
+    add("--plot", type=Path, metavar="FILE.png", help="draw the loss and the optimizer's bytes")
+    add("--tensorboard", type=Path, metavar="DIR", help="log to TensorBoard")
+    args = parser.parse_args()
+    for name in (
+        "steps",
+        "batch_size",
+        "grad_accum",
+        "context",
+        "width",
+        "layers",
+        "heads",
+        "eval_every",
+        "eval_batches",
+    ):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.width % args.heads:
+        parser.error(f"--width {args.width} is not a multiple of --heads {args.heads}")
+    if not args.data.exists():
+        parser.error(f"--data {args.data} does not exist")
+    if args.plot and not args.plot.resolve().parent.is_dir():
+        parser.error(f"--plot {args.plot}: there is no such folder")
+    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--plot {args.plot}: give it the suffix .png, .svg or .pdf")
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun: torchrun --standalone --nproc_per_node=2 launch/train.py")
+    args.text = read_text(args.data)
+    if len(args.text) < 20 * (args.context + 1):
+        parser.error(f"--data {args.data} holds {len(args.text)} bytes of text, too few for --context {args.context}")
+    return args
+
+
+def draw(args: argparse.Namespace, losses: list[float], held_out: dict[int, float], held: list[int], full: int) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), width_ratios=[2, 1], layout="constrained")
+    left.plot(range(1, len(losses) + 1), losses, linewidth=1, alpha=0.6, label="training")
+    left.plot(list(held_out), list(held_out.values()), marker="o", label="held out")
+    left.set(xlabel="step", ylabel="loss, nats per byte", title=f"{args.optimizer} on {len(held)} ranks")
+    left.legend()
+    bars = right.bar(["AdamW", *(f"rank {rank}" for rank in range(len(held)))], [b / 2**20 for b in (full, *held)])
+    bars[0].set_color("lightgray")
+    right.bar_label(bars, fmt="%.1f")
+    right.set(ylabel="MiB", title="optimizer state per rank")
+    right.tick_params(axis="x", rotation=90 if len(held) > 4 else 0)
+    figure.savefig(args.plot, dpi=120)
+
+
+def train(args: argparse.Namespace) -> None:
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    world_size = dist.get_world_size()
+
+    split = len(args.text) * 9 // 10
+    train_text, held_out_text = args.text[:split], args.text[split:]
+    torch.manual_seed(args.seed)
+    gpt = GPT(args.width, args.layers, args.heads, args.context).to(device)
+    model = DistributedDataParallel(gpt, gradient_as_bucket_view=True)
+    optimizer = build_optimizer(model, args)
+
+    def factor(step: int) -> float:
+        if step < args.warmup:
+            return (step + 1) / args.warmup
+        progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    data = torch.Generator().manual_seed(args.seed * world_size + RANK + 1)
+    writer = None
+    if args.tensorboard and RANK == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(args.tensorboard)
+    progress = None
+    if RANK == 0:
+        from tqdm import tqdm
+
+        numel = sum(p.numel() for p in gpt.parameters())
+        print(f"{numel / 1e6:.1f} M parameters, {world_size} ranks, {len(args.text) / 1e6:.1f} MB of {args.data}")
+        interval = 0.1 if sys.stderr.isatty() else 10  # a log file should not get a line per step
+        progress = tqdm(total=args.steps, unit="step", dynamic_ncols=True, mininterval=interval)
+
+    losses, seconds = [], []
+    held_out = {0: held_out_loss(gpt, held_out_text, args, device)}
+    tokens_per_step = args.batch_size * args.context * args.grad_accum * world_size
+    for step in range(1, args.steps + 1):
+        start = time.perf_counter()
+        loss = torch.zeros((), device=device)
+        for micro in range(args.grad_accum):
+            with nullcontext() if micro == args.grad_accum - 1 else model.no_sync():
+                part = loss_of(model, batch(train_text, args.batch_size, args.context, data, device)) / args.grad_accum
+                part.backward()
+            loss += part.detach()
+        clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        dist.all_reduce(loss)
+        losses.append(loss.item() / world_size)
+        seconds.append(time.perf_counter() - start)
+        if step % args.eval_every == 0 or step == args.steps:
+            held_out[step] = held_out_loss(gpt, held_out_text, args, device)
+        if progress is not None:
+            rate = tokens_per_step / seconds[-1]
+            state = f"loss {losses[-1]:.3f}, {rate:,.0f} tokens/s, {1000 * seconds[-1]:.0f} ms/step"
+            progress.set_postfix_str(state, refresh=False)
+            progress.update()
+        if writer is not None:
+            writer.add_scalar("loss/training", losses[-1], step)
+            writer.add_scalar("seconds per step", seconds[-1], step)
+            if step in held_out:
+                writer.add_scalar("loss/held out", held_out[step], step)
+
+    per_rank: list[tuple[int, int]] = [(0, 0)] * world_size
+    dist.all_gather_object(per_rank, (state_bytes(optimizer), peak_bytes(device)))
+    if progress is not None:
+        progress.close()
+        report(args, losses, held_out, seconds, per_rank)
+        prompt = b"def "
+        print(f"\n{gpt.sample(prompt, args.sample, torch.Generator().manual_seed(args.seed))}")
+        if writer is not None:
+            writer.close()
+        if args.plot:
+            full = sum(2 * p.nbytes for p in gpt.parameters())
+            draw(args, losses, held_out, [state for state, _ in per_rank], full)
+            print(f"\nwrote {args.plot}")
+    # torch can deadlock (pytorch#56297) when a gloo group goes away while one of its threads, just done with a collective, waits
+    # for the interpreter's lock to free its tensors. Sleeping lets them finish; needless once torch releases the lock.
+    time.sleep(0.2)
+    dist.destroy_process_group()
+
+
+def report(
+    args: argparse.Namespace,
+    losses: list[float],
+    held_out: dict[int, float],
+    seconds: list[float],
+    per_rank: list[tuple[int, int]],
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{args.optimizer}, {args.steps} steps on {len(per_rank)} ranks", caption="a line for each rank"
+    )
+    for column in ("loss", "held out,\nbefore", "held out,\nafter", "s/step,\nmedian", "state,\nbytes", "peak\nmemory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row(
+        f"{losses[-1]:.8f}",
+        f"{held_out[0]:.8f}",
+        f"{held_out[args.steps]:.8f}",
+        f"{statistics.median(seconds):.3f}",
+        "\n".join(f"{state:,}" for state, _ in per_rank),
+        "\n".join(f"{peak / 2**20:.0f} MiB" for _, peak in per_rank),
+    )
+    Console().print(table)
+
+
+def leave(_signal: int, _frame: FrameType | None) -> None:
+    """End at once: another rank may be waiting in a collective for one that has gone already."""
+    if RANK == 0:
+        print("\ninterrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, leave)
+    with ExitStack() as silence:
+        if RANK != 0:  # one message about wrong arguments, not W
+            silence.enter_context(redirect_stdout(io.StringIO()))
+            silence.enter_context(redirect_stderr(io.StringIO()))
+        arguments = parse_arguments()
+    train(arguments)

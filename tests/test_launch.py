@@ -1,0 +1,98 @@
+"""The training run and the README's code, started as a user starts them: by torchrun."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+SMALL = [
+    *("--width", "32", "--heads", "2", "--layers", "1", "--context", "32", "--batch-size", "4"),
+    *("--eval-every", "10", "--eval-batches", "2", "--sample", "20", "--data", str(ROOT / "zeroadam")),
+]
+
+
+def torchrun(world_size: int, *command: str) -> subprocess.CompletedProcess[str]:
+    arguments = [*TORCHRUN, f"--nproc-per-node={world_size}", *command]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=80)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its workers, which are sessions of their own
+            out, err = process.communicate(timeout=35)
+            pytest.fail(f"no end after 80 s:\n{out}\n{err}")
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def train(*options: str, world_size: int = 2) -> tuple[list[float], list[int]]:
+    """(loss, held-out loss before, after) and the state bytes of each rank, as the closing table shows them."""
+    done = torchrun(world_size, f"{ROOT}/launch/train.py", *SMALL, *options)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
+    assert len(rows) == world_size
+    return [float(cell) for cell in rows[0][:3]], [int(row[4].replace(",", "")) for row in rows]
+
+
+def test_the_three_optimizers_give_the_same_loss() -> None:
+    """All eight digits, which tell any two float32 apart, for adamw and zeroadam; state bytes are AdamW's / W."""
+    results = {name: train("--steps", "20", "--optimizer", name) for name in ("adamw", "zero_redundancy", "zeroadam")}
+    (plain, plain_bytes), (zero, zero_bytes) = results["adamw"], results["zeroadam"]
+    assert zero == plain
+    assert results["zero_redundancy"][0] == pytest.approx(plain, rel=1e-5)
+    assert zero_bytes == [plain_bytes[0] // 2] * 2
+    assert zero[2] < zero[1] - 0.5
+
+
+def test_plot_tensorboard_and_accumulation(tmp_path: Path) -> None:
+    options = ["--steps", "4", "--grad-accum", "2", "--kernel", "foreach"]
+    train(*options, "--plot", f"{tmp_path}/loss.png", "--tensorboard", f"{tmp_path}/log", world_size=1)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "log").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--width", "30", "--heads", "4"], "--width 30 is not a multiple of --heads 4"),
+        (["--data", "/nowhere"], "--data /nowhere does not exist"),
+        (["--steps", "0"], "--steps must be at least 1"),
+    ],
+)
+def test_wrong_arguments_give_one_message(options: list[str], message: str) -> None:
+    done = torchrun(2, f"{ROOT}/launch/train.py", *options)
+    assert done.returncode != 0
+    assert done.stderr.count(f"train.py: error: {message}") == 1
+    assert 'launch/train.py", line' not in done.stderr  # no traceback of a worker; torchrun reports in its own way
+
+
+def test_ctrl_c_ends_it_with_one_message(tmp_path: Path) -> None:
+    """torchrun gets the terminal's SIGINT and passes it on to the workers, in the middle of training."""
+    log = tmp_path / "log"
+    command = [*TORCHRUN, "--nproc-per-node=2", f"{ROOT}/launch/train.py", *SMALL, "--steps", "100000"]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 60
+        while "step/s" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=40) != 0
+    finally:
+        process.terminate()
+        process.wait(timeout=40)
+    text = log.read_text()
+    assert text.count("interrupted") == 1, text
+    assert 'launch/train.py", line' not in text, text
+
+
+def test_the_script_in_the_readme_runs(tmp_path: Path) -> None:
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "script.py").write_text(script)
+    done = torchrun(2, f"{tmp_path}/script.py")
+    assert done.returncode == 0, done.stderr
