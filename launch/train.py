@@ -297,8 +297,8 @@ def train(args: argparse.Namespace) -> None:
             full = sum(2 * p.nbytes for p in gpt.parameters())
             draw(args, losses, held_out, [state for state, _ in per_rank], full)
             print(f"\nwrote {args.plot}")
-    # torch can deadlock (pytorch#56297) when a gloo group goes away while one of its threads, just done with a collective, waits
-    # for the interpreter's lock to free its tensors. Sleeping lets them finish; needless once torch releases the lock.
+    # torch can deadlock (pytorch#56297) when a gloo group goes away while one of its threads, just done with a
+    # collective, waits for the interpreter's lock to free its tensors. Sleeping lets them finish.
     time.sleep(0.2)
     dist.destroy_process_group()
 

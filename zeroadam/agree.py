@@ -1,4 +1,4 @@
-"""Do all ranks build the same optimizer? Asked before anything that could hang or drift if they did not."""
+"""Do all ranks build the same optimizer, and one that can be sharded? Asked before anything could hang or drift."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,12 +6,39 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 # What a rank has, as text, in the order in which differences are reported.
 Manifest = dict[str, str]
 
 # Elements hashed at a time: bounds the memory that a fingerprint takes to some 16 MiB.
 CHUNK = 2**20
+
+
+def joined_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The given process group or else that of all ranks; raises if there is none or this rank is not in it."""
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "there is no process group: call torch.distributed.init_process_group() before building the optimizer, "
+            "and start the script with torchrun (one process will do)"
+        )
+    group = process_group or dist.group.WORLD
+    if group is None or dist.get_rank(group) < 0:
+        raise ValueError("this rank is not in process_group: build the optimizer on the ranks of the group only")
+    return group
+
+
+def check_supported(group: dict[str, Any], index: int) -> None:
+    """Raise ValueError for what torch's Adam takes but cannot be sharded."""
+    if group["differentiable"]:
+        raise ValueError("differentiable=True is not supported: the all-gather passes no gradients on")
+    if len(set(group["params"])) < len(group["params"]):
+        raise ValueError(f"group {index} holds a parameter twice")
+    for name, param in named(group, index):
+        if isinstance(param, DTensor):
+            raise ValueError(f"{name} is a DTensor, so torch.optim.Adam shards its state already")
+        if param.is_complex():
+            raise ValueError(f"{name} is complex, which is not supported: hold torch.view_as_real() of it instead")
 
 
 def check_ranks_agree(process_group: dist.ProcessGroup, describe: Callable[[], Manifest]) -> None:

@@ -101,6 +101,32 @@ class Bucket:
         return shard(param.detach(), self.world_size, rank)
 
 
+def split_by_size(params: Sequence[Tensor], cap_bytes: float) -> list[list[Tensor]]:
+    """Cut a list of parameters into runs of one dtype and device of about `cap_bytes`, in order."""
+    runs: list[list[Tensor]] = []
+    for kind in dict.fromkeys((p.dtype, p.device) for p in params):
+        room = 0.0
+        for param in params:
+            if (param.dtype, param.device) == kind:
+                if room <= 0:
+                    runs.append([])
+                    room = cap_bytes
+                runs[-1].append(param)
+                room -= param.nbytes
+    return runs
+
+
+def share_staging(buckets: Sequence[Bucket], in_flight: int) -> None:
+    """Give all buckets their rows; bucket k has the memory of bucket k + `in_flight`, so not both may be in use."""
+    most = max(bucket.staging_bytes for bucket in buckets)
+    memory: dict[tuple[torch.device, int], Tensor] = {}
+    for k, bucket in enumerate(buckets):
+        slot = (bucket.params[0].device, k % in_flight)
+        if slot not in memory:
+            memory[slot] = torch.empty(most, dtype=torch.uint8, device=slot[0])
+        bucket.use_staging(memory[slot])
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements of `tensor` fill one run of memory, in whatever order."""
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()

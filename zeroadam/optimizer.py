@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
-from zeroadam.agree import Manifest, check_ranks_agree, describe_groups, named
-from zeroadam.bucket import Bucket
+from zeroadam.agree import Manifest, check_ranks_agree, check_supported, describe_groups, joined_group
+from zeroadam.bucket import Bucket, share_staging, split_by_size
 from zeroadam.collectives import all_gather, is_gloo
 from zeroadam.shard import shard
 from zeroadam.state import loaded_state, new_state
@@ -68,7 +68,7 @@ class ZeroAdam(torch.optim.Adam):
         process_group: dist.ProcessGroup | None = None,
         bucket_cap_mb: float = 25,
     ) -> None:
-        self.process_group = _joined(process_group)
+        self.process_group = joined_group(process_group)
         self.rank, self.world_size = self.process_group.rank(), self.process_group.size()
         self.bucket_cap_mb = bucket_cap_mb
         self._meshes: dict[str, DeviceMesh] = {}
@@ -223,17 +223,8 @@ class ZeroAdam(torch.optim.Adam):
 
     def _add_valid(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if group["differentiable"]:
-            raise ValueError("differentiable=True is not supported: the all-gather passes no gradients on")
-        if len(set(group["params"])) < len(group["params"]):
-            raise ValueError(f"group {len(self.param_groups) - 1} holds a parameter twice")
-        for name, param in named(group, len(self.param_groups) - 1):
-            if isinstance(param, DTensor):
-                raise ValueError(f"{name} is a DTensor, so torch.optim.Adam shards its state already")
-            if param.is_complex():
-                raise ValueError(f"{name} is complex, which is not supported: hold torch.view_as_real() of it instead")
-        _choose_kernel(group)
+        check_supported(self.param_groups[-1], len(self.param_groups) - 1)
+        _choose_kernel(self.param_groups[-1])
 
     def _shard_new_parameters(self) -> None:
         """Give state and a bucket to parameters without: all at first, later those that were added or unfrozen."""
@@ -243,36 +234,11 @@ class ZeroAdam(torch.optim.Adam):
             for param in new:
                 if param not in self.state:
                     self.state[param] = new_state(param, group, self._mesh(param))
-            for params in self._split(new):
+            for params in split_by_size(new, self.bucket_cap_mb * 2**20):
                 equal_rows = not is_gloo(self.process_group, params[0].device.type)
                 self._buckets.append(Bucket(params, index, self.rank, self.world_size, equal_rows=equal_rows))
         if len(held) < sum(len(bucket.params) for bucket in self._buckets):
-            self._assign_staging()
-
-    def _split(self, params: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Cut a list of parameters into runs of one dtype and device of about `bucket_cap_mb`, in order."""
-        splits: list[list[Tensor]] = []
-        for kind in dict.fromkeys((p.dtype, p.device) for p in params):
-            room = 0.0
-            for param in params:
-                if (param.dtype, param.device) == kind:
-                    if room <= 0:
-                        splits.append([])
-                        room = self.bucket_cap_mb * 2**20
-                    splits[-1].append(param)
-                    room -= param.nbytes
-        return splits
-
-    def _assign_staging(self) -> None:
-        """Bucket k shares its staging memory with bucket k + IN_FLIGHT, which begins only when k has finished."""
-        most = max(bucket.staging_bytes for bucket in self._buckets)
-        memory: dict[Any, Tensor] = {}
-        for k, bucket in enumerate(self._buckets):
-            device = bucket.params[0].device
-            slot = (device, k % IN_FLIGHT)
-            if slot not in memory:
-                memory[slot] = torch.empty(most, dtype=torch.uint8, device=device)
-            bucket.use_staging(memory[slot])
+            share_staging(self._buckets, IN_FLIGHT)
 
     def _mesh(self, param: Tensor) -> DeviceMesh:
         kind = param.device.type
@@ -322,18 +288,6 @@ class ZeroAdamW(ZeroAdam):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for group in self.param_groups:  # as in torch: also for dicts that were saved before it had this key
             group["decoupled_weight_decay"] = True
-
-
-def _joined(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    if not dist.is_initialized():
-        raise RuntimeError(
-            "there is no process group: call torch.distributed.init_process_group() before building the optimizer, "
-            "and start the script with torchrun (one process will do)"
-        )
-    group = process_group or dist.group.WORLD
-    if group is None or dist.get_rank(group) < 0:
-        raise ValueError("this rank is not in process_group: build the optimizer on the ranks of the group only")
-    return group
 
 
 def _choose_kernel(group: dict[str, Any]) -> None:
