@@ -1,5 +1,7 @@
 """Adam for PyTorch data parallelism with its state cut across the ranks (ZeRO stage 1)."""
 
+from zeroadam.comm_hook import bf16_reduce_scatter_hook, reduce_scatter_hook
+from zeroadam.grad_scaler import GradScaler
 from zeroadam.optimizer import ZeroAdam, ZeroAdamW
 
-__all__ = ["ZeroAdam", "ZeroAdamW"]
+__all__ = ["GradScaler", "ZeroAdam", "ZeroAdamW", "bf16_reduce_scatter_hook", "reduce_scatter_hook"]

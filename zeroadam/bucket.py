@@ -1,8 +1,8 @@
-"""Parameters that are updated by one call and gathered together: no communication, only who lies where.
+"""Tensors whose pieces travel together, parameters or gradients: no communication, only what lies where.
 
 Most of a model's bytes lie in large pieces that are one run of memory. These travel directly from and into the
-parameter. The others are packed: the piece of rank r of every such parameter, one behind the other, is row r of
-a staging area [W, n]. The update runs on the parameter itself or, if it is packed, on this rank's row.
+tensor. The others are packed: the piece of rank r of every such tensor, one behind the other, is row r of a staging
+area [W, n]. Adam runs on a parameter itself or, if it is packed, on this rank's row.
 """
 
 from collections.abc import Sequence
@@ -23,30 +23,39 @@ class Bucket:
         params: parameters of any shape [d0, ...].
         group_index: their place in `optimizer.param_groups`.
         rank, world_size: in the process group over which they are cut.
-        equal_rows: whether the rows of one gather must have one length and follow each other in memory.
+        equal_rows: whether the rows of one exchange must have one length and follow each other in memory.
+        wire_dtype: in which dtype they travel, if not in their own; all are packed then.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], group_index: int, rank: int, world_size: int, *, equal_rows: bool
+        self,
+        params: Sequence[Tensor],
+        group_index: int,
+        rank: int,
+        world_size: int,
+        *,
+        equal_rows: bool,
+        wire_dtype: torch.dtype | None = None,
     ) -> None:
         self.group_index, self.rank, self.world_size = group_index, rank, world_size
+        self.dtype = wire_dtype or params[0].dtype
         self.equal_rows = equal_rows
         self.direct = [p for p in params if self._is_direct(p)]
         self.packed = [p for p in params if not self._is_direct(p)]
         self.params = [*self.direct, *self.packed]
         self.layouts = [_layout(p) for p in self.params]
         self.row_numels = [sum(self._piece(p, r).numel() for p in self.packed) for r in range(world_size)]
-        self.staging_bytes = world_size * max(self.row_numels) * params[0].element_size()
+        self.staging_bytes = world_size * max(self.row_numels) * self.dtype.itemsize
 
     def _is_direct(self, param: Tensor) -> bool:
         pieces = [self._piece(param, r) for r in range(self.world_size)]
-        if pieces[0].nbytes < DIRECT_BYTES or not all(is_dense(piece) for piece in pieces):
+        if param.dtype != self.dtype or pieces[0].nbytes < DIRECT_BYTES or not all(is_dense(piece) for piece in pieces):
             return False
         return not self.equal_rows or (is_dense(param) and len({piece.numel() for piece in pieces}) == 1)
 
     def use_staging(self, memory: Tensor) -> None:
         """Lay the rows out in `memory`, uint8 [staging_bytes] or more, which is needed from `pack` to `unpack`."""
-        staging = memory[: self.staging_bytes].view(self.params[0].dtype).view(self.world_size, -1)
+        staging = memory[: self.staging_bytes].view(self.dtype).view(self.world_size, -1)
         self.row_pieces = [self._cut(row, rank) for rank, row in enumerate(staging)]
         if self.equal_rows:
             self.staging_rows = list(staging)
@@ -83,16 +92,27 @@ class Bucket:
             torch._foreach_copy_(copies, self._packed_pieces(self.rank))
         return [*(self._piece(p, self.rank) for p in self.direct), *copies]
 
+    def pack_all(self) -> None:
+        """Fill all rows: [d0, ...] each -> [W, n]."""
+        for rank, copies in enumerate(self.row_pieces):
+            if copies:
+                torch._foreach_copy_(copies, self._packed_pieces(rank))
+
     def rows(self) -> list[list[Tensor]]:
-        """What has to be gathered, once `pack`ed and updated: lists of W dense rows, [n_r] of rank r."""
-        gathers = [[flat(self._piece(p, r)) for r in range(self.world_size)] for p in self.direct]
-        return [*gathers, self.staging_rows] if self.packed else gathers
+        """What to exchange: lists of W dense rows, [n_r] of rank r, one for each direct tensor and one for the rest."""
+        exchanges = [[flat(self._piece(p, r)) for r in range(self.world_size)] for p in self.direct]
+        return [*exchanges, self.staging_rows] if self.packed else exchanges
 
     def unpack(self) -> None:
         """Write the gathered rows into the packed parameters: [W, n] -> [d0, ...] each."""
         for rank, pieces in enumerate(self.row_pieces):
             if pieces:
                 torch._foreach_copy_(self._packed_pieces(rank), pieces)
+
+    def unpack_own(self, row: Tensor) -> None:
+        """Write this rank's row [n], of any dtype, into the packed tensors, and zero into the rest of them."""
+        torch._foreach_zero_([p.detach() for p in self.packed])
+        torch._foreach_copy_(self._packed_pieces(self.rank), self._cut(row, self.rank))
 
     def _packed_pieces(self, rank: int) -> list[Tensor]:
         return [self._piece(p, rank) for p in self.packed]

@@ -1,12 +1,13 @@
-"""The all-gather of ZeRO: W rows, row r filled by rank r, become the same W rows on every rank.
+"""The two collectives of ZeRO over rows, one for each of W ranks: reduce-scatter and all-gather.
 
-gloo's own all-gather takes three times as long as the same bytes sent directly, so on gloo every rank sends
-its row to each of the others. Everything here returns at once; the rows are whole when the works have been
-waited for.
+gloo's own reduce-scatter is an all-reduce inside and its all-gather takes three times as long as the same bytes
+sent directly. So on gloo every rank sends each of the others its row, and sums of rows are taken here, in rank
+order: they do not depend on timing or on what else is sent. Other backends use their own collectives.
 """
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -25,35 +26,94 @@ def is_gloo(process_group: dist.ProcessGroup, device_type: str) -> bool:
 
 
 def all_gather(rows: Sequence[Tensor], process_group: dist.ProcessGroup) -> list[dist.Work]:
-    """Start sending row `rank` to all and receiving the others.
+    """Start to send row `rank` to every rank and to receive the others; done when the works have been waited for.
 
-    rows: W dense 1-D tensors, [n_r] on every rank; row `rank` is read, the others are written. Backends other
-    than gloo need rows of one length that follow each other in memory.
+    rows: W dense 1-D tensors, [n_r] of rank r on every rank. Backends other than gloo need rows of one length that
+    follow each other in memory.
     """
     rank = process_group.rank()
     if not is_gloo(process_group, rows[0].device.type):
-        gathered = rows[0].as_strided((len(rows) * rows[0].numel(),), (1,))
-        work = dist.all_gather_into_tensor(gathered, rows[rank], group=process_group, async_op=True)
-        return [work] if work is not None else []
+        return _started(_all_gather_single(_joined(rows), rows[rank], group=process_group, async_op=True))
     if rows[0].device.type == "cpu":
-        return _send_to_all(rows, rank, process_group)
+        return _exchange([rows[rank]] * len(rows), rows, process_group)
     # gloo sends and receives CPU tensors only; its broadcast takes any.
-    works = [
-        dist.broadcast(row, group=process_group, group_src=source, async_op=True)
-        for source, row in enumerate(rows)
-        if row.numel() > 0
-    ]
+    return _started(
+        *(
+            dist.broadcast(row, group=process_group, group_src=source, async_op=True)
+            for source, row in enumerate(rows)
+            if row.numel() > 0
+        )
+    )
+
+
+def reduce_scatter(
+    rows: Sequence[Tensor], received: Sequence[Tensor], process_group: dist.ProcessGroup
+) -> list[dist.Work]:
+    """Start to send row r to rank r and to receive this rank's row from all; `sum_rows` when the works are done.
+
+    rows: W dense 1-D tensors, [n_r] for rank r; unchanged until the works have been waited for.
+    received: on gloo W - 1 tensors [n_rank] to receive into; else none, and the sum is in row `rank` already.
+    """
+    rank = process_group.rank()
+    if not is_gloo(process_group, rows[0].device.type):
+        return _started(_reduce_scatter_single(rows[rank], _joined(rows), group=process_group, async_op=True))
+    incoming = [*received[:rank], rows[rank], *received[rank:]]
+    if rows[0].device.type == "cpu":
+        return _exchange(rows, incoming, process_group)
+    gathered = rows[0].new_empty(len(rows) * rows[rank].numel())
+    sizes = [row.numel() for row in rows]
+    dist.all_to_all_single(gathered, torch.cat(list(rows)), [sizes[rank]] * len(rows), sizes, group=process_group)
+    for row, part in zip(incoming, torch.split(gathered, sizes[rank]), strict=False):
+        row.copy_(part)
+    return []
+
+
+def sum_rows(own: Tensor, received: Sequence[Tensor], rank: int) -> Tensor:
+    """The sum over all ranks, in rank order and at least float32: [n] of every rank -> [n].
+
+    Overwrites `own`, or else `received`, and returns the one with the sum, or a float32 tensor for a lower precision.
+    """
+    rows = [*received[:rank], own, *received[rank:]]
+    if not received:
+        return own
+    if own.itemsize < 4:
+        total = rows[0].float()
+        for row in rows[1:]:
+            total += row
+        return total
+    total = rows[0]
+    for source, row in enumerate(rows[1:], start=1):
+        total = torch.add(total, row, out=own if source >= rank else total)
+    return total
+
+
+def _exchange(
+    outgoing: Sequence[Tensor], incoming: Sequence[Tensor], process_group: dist.ProcessGroup
+) -> list[dist.Work]:
+    """Send `outgoing[r]` to every other rank r and receive `incoming[r]` from it, in messages of a few MB."""
+    rank, works = process_group.rank(), []
+    for distance in range(1, process_group.size()):  # every rank starts with another peer
+        target, source = (rank + distance) % process_group.size(), (rank - distance) % process_group.size()
+        for message in _messages(incoming[source]):
+            works.append(dist.irecv(message, group=process_group, group_src=source, tag=TAG))
+        for message in _messages(outgoing[target]):
+            works.append(dist.isend(message, group=process_group, group_dst=target, tag=TAG))
+    return _started(*works)
+
+
+def _messages(row: Tensor) -> Sequence[Tensor]:
+    return row.split(MESSAGE_BYTES // row.element_size()) if row.numel() > 0 else ()
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    """The memory of equal rows that follow each other: W times [n] -> [W * n]."""
+    return rows[0].as_strided((len(rows) * rows[0].numel(),), (1,))
+
+
+def _started(*works: dist.Work | None) -> list[dist.Work]:
     return [work for work in works if work is not None]
 
 
-def _send_to_all(rows: Sequence[Tensor], rank: int, process_group: dist.ProcessGroup) -> list[dist.Work]:
-    works = []
-    for distance in range(1, len(rows)):  # every rank starts with another peer
-        target, source = (rank + distance) % len(rows), (rank - distance) % len(rows)
-        for piece in rows[source].split(MESSAGE_BYTES // rows[source].element_size()):
-            if piece.numel() > 0:
-                works.append(dist.irecv(piece, group=process_group, group_src=source, tag=TAG))
-        for piece in rows[rank].split(MESSAGE_BYTES // rows[rank].element_size()):
-            if piece.numel() > 0:
-                works.append(dist.isend(piece, group=process_group, group_dst=target, tag=TAG))
-    return [work for work in works if work is not None]
+# torch 2.13 has new names for these and warns of the old ones, which are all that 2.11 has.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

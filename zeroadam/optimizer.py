@@ -2,11 +2,12 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms import Join, Joinable, JoinHook
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
@@ -14,7 +15,10 @@ from torch.optim.optimizer import ParamsT
 
 from zeroadam.agree import Manifest, check_ranks_agree, check_supported, describe_groups, joined_group
 from zeroadam.bucket import Bucket, share_staging, split_by_size
+from zeroadam.clip import clip_grad_norm_
 from zeroadam.collectives import all_gather, is_gloo
+from zeroadam.comm_hook import HELD, Reduction, summed_over
+from zeroadam.join import StepAlong
 from zeroadam.shard import shard
 from zeroadam.state import loaded_state, new_state
 
@@ -24,7 +28,7 @@ IN_FLIGHT = 3
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-class ZeroAdam(torch.optim.Adam):
+class ZeroAdam(torch.optim.Adam, Joinable):
     """`torch.optim.Adam` that keeps 1/W of its state on each of W ranks: ZeRO stage 1 (arXiv:1910.02054).
 
     Every rank has all parameters p [d0, ...] and their averaged gradients, from DistributedDataParallel or otherwise,
@@ -72,6 +76,7 @@ class ZeroAdam(torch.optim.Adam):
         self.rank, self.world_size = self.process_group.rank(), self.process_group.size()
         self.bucket_cap_mb = bucket_cap_mb
         self._meshes: dict[str, DeviceMesh] = {}
+        self.reduction = Reduction(self.process_group)  # what reduce_scatter_hook works with
 
         def build() -> Manifest:
             super(ZeroAdam, self).__init__(
@@ -91,6 +96,7 @@ class ZeroAdam(torch.optim.Adam):
             return describe_groups(self.param_groups, 0, self.defaults)
 
         check_ranks_agree(self.process_group, build)
+        Joinable.__init__(self)
         # For torch's fused Adam, GradScaler leaves unscaling to step(); here gradients come to step() unscaled.
         self._step_supports_amp_scaling = False
         self._buckets: list[Bucket] = []
@@ -118,14 +124,16 @@ class ZeroAdam(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
 
+        Join.notify_join_context(self)
         self._shard_new_parameters()
         for bucket in self._buckets:
             bucket.check()
+        divisors = {p: summed_over(p, self.process_group) for bucket in self._buckets for p in bucket.params}
         gathering: deque[tuple[Bucket, list[dist.Work]]] = deque()
         for bucket in self._buckets:
             if len(gathering) == IN_FLIGHT:
                 _finish(*gathering.popleft())
-            self._update(bucket, bucket.pack())
+            self._update(bucket, bucket.pack(), divisors)
             gathering.append(
                 (bucket, [work for rows in bucket.rows() for work in all_gather(rows, self.process_group)])
             )
@@ -133,7 +141,7 @@ class ZeroAdam(torch.optim.Adam):
             _finish(*gathering.popleft())
         return loss
 
-    def _update(self, bucket: Bucket, pieces: Sequence[Tensor]) -> None:
+    def _update(self, bucket: Bucket, pieces: Sequence[Tensor], divisors: dict[Tensor, int]) -> None:
         """One step of torch's Adam, in place on `pieces` and their state, [c, ...] each, where there is a gradient."""
         group = self.param_groups[bucket.group_index]
         params: list[Tensor] = []
@@ -146,9 +154,12 @@ class ZeroAdam(torch.optim.Adam):
                 self.state[param]["step"] += 1
                 continue
             grad = shard(param.grad, self.world_size, self.rank)
+            if divisors[param] > 1:  # a copy: the sum itself must stay, another backward may add to it
+                grad = torch.div(grad, divisors[param], out=torch.empty_like(piece))
+            elif grad.stride() != piece.stride():  # fused kernels go through memory without looking at strides
+                grad = torch.empty_like(piece).copy_(grad)
             params.append(piece)
-            # Fused kernels go through memory without looking at strides.
-            grads.append(grad if grad.stride() == piece.stride() else torch.empty_like(piece).copy_(grad))
+            grads.append(grad)
             for key, values in state.items():
                 if key in self.state[param]:
                     value = self.state[param][key]
@@ -176,6 +187,21 @@ class ZeroAdam(torch.optim.Adam):
             decoupled_weight_decay=group["decoupled_weight_decay"],
         )
 
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """`torch.nn.utils.clip_grad_norm_` over the mean gradients of all parameters, with or without the hook.
+
+        A collective: one all-reduce of a single number. Like torch's, it scales `p.grad` in place.
+
+        Returns:
+            the norm before clipping, [] float32, the same on every rank.
+
+        Raises:
+            RuntimeError: the norm is not finite and `error_if_nonfinite` is set; or see `step`. On every rank.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        return clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite, self.process_group)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as in `torch.optim.Optimizer`, also in the middle of training. A collective then.
 
@@ -196,6 +222,18 @@ class ZeroAdam(torch.optim.Adam):
             del self.param_groups[before:]
             raise
         self._shard_new_parameters()
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """For `torch.distributed.algorithms.Join([model, optimizer])`; needs `reduce_scatter_hook`."""
+        return StepAlong(self, **kwargs)
+
+    @property
+    def join_device(self) -> torch.device:
+        return cast(Tensor, self.param_groups[0]["params"][0]).device
+
+    @property
+    def join_process_group(self) -> dist.ProcessGroup:
+        return self.process_group
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of another ZeroAdam of the same ranks or of a plain `torch.optim.Adam`.
@@ -225,6 +263,8 @@ class ZeroAdam(torch.optim.Adam):
         super().add_param_group(param_group)
         check_supported(self.param_groups[-1], len(self.param_groups) - 1)
         _choose_kernel(self.param_groups[-1])
+        for param in self.param_groups[-1]["params"]:
+            HELD[param] = self.process_group
 
     def _shard_new_parameters(self) -> None:
         """Give state and a bucket to parameters without: all at first, later those that were added or unfrozen."""
