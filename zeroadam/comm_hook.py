@@ -5,10 +5,13 @@ not the mean, so that another backward still adds up: the owner has S1 + g, the 
 `step()` divides by W. What other code does to such gradients between backward and step (clip them by this rank's norm,
 say) would be wrong in silence, so the hook remembers the version counter of what it wrote, and `step()` compares.
 
-The works of a bucket are under way while backward goes on; the last bucket's hook finishes them all, so that the future
-handed to DDP is complete already.
+A 0-d parameter belongs to all ranks, so its gradient is the mean on all of them: W S1 / W + S2 adds up as well.
+
+Messages are under way while backward goes on and finished by a callback at its end. The future handed to DDP is
+complete from the start: it only tells DDP where the gradients are, which is where they were.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,15 +22,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from zeroadam.bucket import Bucket
+from zeroadam.bucket import Bucket, is_dense, split_by_size
 from zeroadam.collectives import is_gloo, reduce_scatter, sum_rows
 from zeroadam.shard import shard
 
 if TYPE_CHECKING:
     from zeroadam.optimizer import ZeroAdam
 
-# DDP buckets whose reduction may be under way at once; each has staging memory of its own.
+# Parts of DDP buckets whose reduction may be under way at once; each has staging memory of its own.
 IN_FLIGHT = 3
+PART_BYTES = 25 * 2**20
 
 
 def reduce_scatter_hook(optimizer: "ZeroAdam", bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -36,7 +40,7 @@ def reduce_scatter_hook(optimizer: "ZeroAdam", bucket: dist.GradBucket) -> torch
     The model is a DistributedDataParallel with `gradient_as_bucket_view=True` on the optimizer's process group; all its
     trained parameters are held by this optimizer or others of that group. Register it before the first backward.
     Each rank sends (W-1)/W of the gradients' bytes per backward. p.grad: [d0, ...] -> [d0, ...], of which [c, ...]
-    are the sum over the ranks, on gloo taken in rank order and float32, and the rest zero.
+    are the sum over the ranks, on gloo taken in rank order and float32, and the rest zero. 0-d: the mean.
 
     Raises, from `backward()`:
         RuntimeError: `gradient_as_bucket_view=False`, a parameter of no such optimizer, or `model.join()` without it.
@@ -65,12 +69,12 @@ class Reduced:
 
 
 # Ownership depends on shape and W alone: an optimizer can step on what was reduced by a hook on another one.
-HELD: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> process group of the optimizer that holds it
+HELD: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> weak reference to the ZeroAdam that holds it
 REDUCED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> Reduced
 
 
 def summed_over(param: Tensor, process_group: dist.ProcessGroup) -> int:
-    """By what to divide `param.grad` for the mean over the ranks: W after the hook, 1 where it was not used.
+    """By what to divide `param.grad` for the mean over the ranks: W if the hook has summed it, 1 if it is the mean.
 
     Raises:
         RuntimeError: the gradient is not what the hook made it, or was summed over another process group.
@@ -90,7 +94,7 @@ def summed_over(param: Tensor, process_group: dist.ProcessGroup) -> int:
             "torch.nn.utils.clip_grad_norm_(); scale with zeroadam.GradScaler; end accumulation with a backward "
             "outside of no_sync()"
         )
-    return process_group.size()
+    return process_group.size() if param.dim() > 0 else 1
 
 
 def accept_changes(params: Iterable[Tensor]) -> None:
@@ -100,15 +104,23 @@ def accept_changes(params: Iterable[Tensor]) -> None:
             REDUCED[param].version = param.grad._version
 
 
+def mark_held(params: Iterable[Tensor], optimizer: "ZeroAdam") -> None:
+    """Remember which optimizer holds the parameters, without keeping it alive."""
+    for param in params:
+        HELD[param] = weakref.ref(optimizer)
+
+
 class Reduction:
-    """What is being reduced, bucket by bucket, while backward goes on."""
+    """What is being reduced, a few MB at a time, while backward goes on."""
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self.process_group = process_group
         self.rank, self.world_size = process_group.rank(), process_group.size()
-        self.under_way: deque[_BucketReduction] = deque()
+        self.under_way: deque[_Part] = deque()
+        self.finished: list[_Part] = []
         self.started = 0
-        self.known: dict[int, _BucketReduction] = {}  # by the address of DDP's bucket
+        self.backward = -1  # the last one seen, by its number in the autograd engine
+        self.known: dict[int, list[_Part]] = {}  # the parts of a DDP bucket by its address
         self.memory: dict[tuple[torch.device, int], Tensor] = {}
         # In `Join`, what a rank without inputs gets for its pieces: DDP does not put it into p.grad there.
         self.in_join = False
@@ -118,29 +130,46 @@ class Reduction:
     def reduce(
         self, bucket: dist.GradBucket, wire_dtype: torch.dtype | None = None
     ) -> torch.futures.Future[torch.Tensor]:
-        """Start to reduce one bucket, finish the one that is `IN_FLIGHT` behind, and all of them after the last."""
-        if torch._C._current_graph_task_id() != -1:  # in a backward pass
+        """Start to reduce one bucket; finish what is `IN_FLIGHT` parts behind now, the rest at the end of backward."""
+        backward = torch._C._current_graph_task_id()
+        if backward != -1:
             self._check_views(bucket)
-            reduction = self.known.get(bucket.buffer().data_ptr()) or self._know(bucket, wire_dtype)
+            parts = self.known.get(bucket.buffer().data_ptr()) or self._know(bucket, wire_dtype)
+            if backward != self.backward:
+                self.backward = backward
+                torch.autograd.Variable._execution_engine.queue_callback(self.finish)
         elif self.in_join:
-            reduction = _BucketReduction(self, bucket, wire_dtype)
-            self.joined += zip(bucket.parameters(), bucket.gradients(), strict=True)
+            parts = self._parts(bucket, wire_dtype)
+            self.joined += [pair for part in parts for pair in zip(part.params, part.grads, strict=True)]
         else:
             raise RuntimeError(
                 "model.join() leaves out the optimizer, to which ranks without inputs must contribute as well: "
                 "use torch.distributed.algorithms.Join([model, optimizer])"
             )
-        if len(self.under_way) == IN_FLIGHT:
-            self.under_way.popleft().finish()
-        reduction.start(self._staging(reduction))
-        self.under_way.append(reduction)
-        while bucket.is_last() and self.under_way:
-            self.under_way.popleft().finish()
-        done: torch.futures.Future[Tensor] = torch.futures.Future(
-            devices=[reduction.buffer.device] if reduction.buffer.is_cuda else None
-        )
-        done.set_result(bucket.buffer())
+        for part in parts:
+            if len(self.under_way) == IN_FLIGHT:
+                self._finish_first()
+            part.start(self._staging(part))
+            self.under_way.append(part)
+        if backward == -1:
+            self.finish()
+        buffer = bucket.buffer()
+        done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
+        done.set_result(buffer)
         return done
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Finish all that is under way, and remember what the gradients are now."""
+        while self.under_way:
+            self._finish_first()
+        for part in self.finished:
+            part.remember()
+        self.finished.clear()
+
+    def _finish_first(self) -> None:
+        self.under_way[0].finish()
+        self.finished.append(self.under_way.popleft())
 
     @property
     def used(self) -> bool:
@@ -152,21 +181,36 @@ class Reduction:
         taken, self.joined = self.joined, []
         return taken
 
-    def _know(self, bucket: dist.GradBucket, wire_dtype: torch.dtype | None) -> "_BucketReduction":
+    def _know(self, bucket: dist.GradBucket, wire_dtype: torch.dtype | None) -> "list[_Part]":
         """Lay a new bucket out, and forget those that had its parameters before DDP rebuilt them."""
         old = {REDUCED[param].storage for param in bucket.parameters() if param in REDUCED}
-        self.known = {address: reduction for address, reduction in self.known.items() if address not in old}
-        reduction = _BucketReduction(self, bucket, wire_dtype)
+        self.known = {address: parts for address, parts in self.known.items() if address not in old}
         for param in bucket.parameters():
-            REDUCED[param] = reduction.reduced
-        self.known[bucket.buffer().data_ptr()] = reduction
-        return reduction
+            holder = HELD[param]() if param in HELD else None
+            if holder is None or holder.process_group != self.process_group:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(param.shape)} is reduced by reduce_scatter_hook, but no ZeroAdam of "
+                    "the same process group holds it: give all the model's trained parameters to such optimizers"
+                )
+            # torch.amp.GradScaler then leaves unscaling and infinities to step(), which refuses: see there.
+            holder._step_supports_amp_scaling = True
+        self.known[bucket.buffer().data_ptr()] = self._parts(bucket, wire_dtype)
+        return self.known[bucket.buffer().data_ptr()]
 
-    def _staging(self, reduction: "_BucketReduction") -> Tensor:
-        key = (reduction.buffer.device, self.started % IN_FLIGHT)
+    def _parts(self, bucket: dist.GradBucket, wire_dtype: torch.dtype | None) -> "list[_Part]":
+        """A bucket in parts of bounded size: before DDP rebuilds its buckets there is just one."""
+        grads = {}
+        for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            # DDP lays gradients out in the strides of their parameters, GradBucket.gradients() does not tell.
+            grads[param] = grad.as_strided(param.shape, param.stride()) if is_dense(param) else grad
+        parts = split_by_size(list(grads), PART_BYTES)
+        return [_Part(self, params, [grads[p] for p in params], wire_dtype) for params in parts]
+
+    def _staging(self, part: "_Part") -> Tensor:
+        key = (part.grads[0].device, self.started % IN_FLIGHT)
         self.started += 1
-        if key not in self.memory or self.memory[key].numel() < reduction.memory_bytes:
-            self.memory[key] = torch.empty(reduction.memory_bytes, dtype=torch.uint8, device=key[0])
+        if key not in self.memory or self.memory[key].numel() < part.memory_bytes:
+            self.memory[key] = torch.empty(part.memory_bytes, dtype=torch.uint8, device=key[0])
         return self.memory[key]
 
     def _check_views(self, bucket: dist.GradBucket) -> None:
@@ -178,34 +222,27 @@ class Reduction:
                 )
 
 
-class _BucketReduction:
-    """One DDP bucket's gradients: large pieces are sent from where they lie, the others packed, as for the gather."""
+class _Part:
+    """Some gradients of a DDP bucket: large pieces are sent from where they lie, the others packed."""
 
-    def __init__(self, reduction: Reduction, bucket: dist.GradBucket, wire_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, reduction: Reduction, params: list[Tensor], grads: list[Tensor], wire_dtype: torch.dtype | None
+    ) -> None:
+        self.params, self.grads = params, grads
         self.process_group, self.rank = reduction.process_group, reduction.rank
-        self.buffer = bucket.buffer()
-        gloo = is_gloo(self.process_group, self.buffer.device.type)
-        self.pieces = Bucket(
-            bucket.gradients(), 0, self.rank, reduction.world_size, equal_rows=not gloo, wire_dtype=wire_dtype
-        )
+        gloo = is_gloo(self.process_group, grads[0].device.type)
         self.senders = reduction.world_size - 1 if gloo else 0
+        self.pieces = Bucket(grads, 0, self.rank, reduction.world_size, equal_rows=not gloo, wire_dtype=wire_dtype)
         own = sum(shard(grad, reduction.world_size, self.rank).numel() for grad in self.pieces.direct)
         self.received_numel = self.senders * (own + self.pieces.row_numels[self.rank])
-        # Rows start at a multiple of eight bytes.
-        self.memory_bytes = -(-self.pieces.staging_bytes // 8) * 8 + self.received_numel * self.pieces.dtype.itemsize
-        self.reduced = Reduced(self.buffer.data_ptr(), -1, self.process_group)
-        for param in bucket.parameters():
-            if HELD.get(param) != self.process_group:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(param.shape)} is reduced by reduce_scatter_hook, but no ZeroAdam of "
-                    "the same process group holds it: give all the model's trained parameters to such optimizers"
-                )
+        self.received_from = -(-self.pieces.staging_bytes // 8) * 8  # bytes; aligned for every dtype
+        self.memory_bytes = self.received_from + self.received_numel * self.pieces.dtype.itemsize
+        self.reduced = Reduced(grads[0].untyped_storage().data_ptr(), -1, self.process_group)
 
     def start(self, memory: Tensor) -> None:
         self.pieces.use_staging(memory)
         self.pieces.pack_all()
-        begin = self.memory_bytes - self.received_numel * self.pieces.dtype.itemsize
-        received = memory[begin : self.memory_bytes].view(self.pieces.dtype)
+        received = memory[self.received_from : self.memory_bytes].view(self.pieces.dtype)
         self.exchanges: list[tuple[list[Tensor], list[Tensor]]] = []
         self.works: list[dist.Work] = []
         for rows in self.pieces.rows():
@@ -228,4 +265,12 @@ class _BucketReduction:
         if self.pieces.packed:
             rows, received = self.exchanges[-1]
             self.pieces.unpack_own(sum_rows(rows[self.rank], received, self.rank))
-        self.reduced.version = self.buffer._version
+        for grad in self.grads:
+            if grad.dim() == 0:
+                grad /= len(rows)
+
+    def remember(self) -> None:
+        """Note which version the gradients are, once nothing more is written to their bucket."""
+        self.reduced.version = self.grads[0]._version
+        for param in self.params:
+            REDUCED[param] = self.reduced

@@ -1,5 +1,7 @@
 """Loss scaling for float16 with gradients that live on their owner only."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -28,3 +30,14 @@ class GradScaler(torch.amp.GradScaler):
         for found_inf in found.values():
             dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=optimizer.process_group)
         accept_changes(params)
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """`optimizer.step()` unless a gradient of any rank is infinite or nan, then nothing on any rank."""
+        if not isinstance(optimizer, ZeroAdam):
+            return super().step(optimizer, *args, **kwargs)
+        supports = optimizer._step_supports_amp_scaling
+        optimizer._step_supports_amp_scaling = False  # step() refuses other scalers when the hook has been used
+        try:
+            return super().step(optimizer, *args, **kwargs)
+        finally:
+            optimizer._step_supports_amp_scaling = supports

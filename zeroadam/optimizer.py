@@ -17,7 +17,7 @@ from zeroadam.agree import Manifest, check_ranks_agree, check_supported, describ
 from zeroadam.bucket import Bucket, share_staging, split_by_size
 from zeroadam.clip import clip_grad_norm_
 from zeroadam.collectives import all_gather, is_gloo
-from zeroadam.comm_hook import HELD, Reduction, summed_over
+from zeroadam.comm_hook import Reduction, mark_held, summed_over
 from zeroadam.join import StepAlong
 from zeroadam.shard import shard
 from zeroadam.state import loaded_state, new_state
@@ -97,7 +97,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
         check_ranks_agree(self.process_group, build)
         Joinable.__init__(self)
-        # For torch's fused Adam, GradScaler leaves unscaling to step(); here gradients come to step() unscaled.
+        # Not even for the fused kernel: GradScaler is to unscale gradients itself and step only if they are finite.
         self._step_supports_amp_scaling = False
         self._buckets: list[Bucket] = []
         self._shard_new_parameters()
@@ -119,6 +119,12 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             RuntimeError: a sparse gradient, or a parameter cast or moved since the optimizer was built. Nothing
                 has been changed then.
         """
+        if hasattr(self, "found_inf"):
+            del self.found_inf, self.grad_scale  # type: ignore[attr-defined]
+            raise RuntimeError(
+                "torch.amp.GradScaler sees the infinities of this rank's gradients only, once reduce_scatter_hook has "
+                "summed them: use zeroadam.GradScaler"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -263,8 +269,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         super().add_param_group(param_group)
         check_supported(self.param_groups[-1], len(self.param_groups) - 1)
         _choose_kernel(self.param_groups[-1])
-        for param in self.param_groups[-1]["params"]:
-            HELD[param] = self.process_group
+        mark_held(self.param_groups[-1]["params"], self)
 
     def _shard_new_parameters(self) -> None:
         """Give state and a bucket to parameters without: all at first, later those that were added or unfrozen."""
