@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zeroadam.comm_hook import accept_changes, summed_over
+from zeroadam.guard import accept_changes, summed_over
 from zeroadam.shard import shard
 
 

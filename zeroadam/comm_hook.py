@@ -2,28 +2,22 @@
 
 After backward, `p.grad` holds the SUM over the ranks in the piece that this rank owns, and zero elsewhere. A sum and
 not the mean, so that another backward still adds up: the owner has S1 + g, the others 0 + g, and their sum is S1 + S2.
-`step()` divides by W. What other code does to such gradients between backward and step (clip them by this rank's norm,
-say) would be wrong in silence, so the hook remembers the version counter of what it wrote, and `step()` compares.
-
-A 0-d parameter belongs to all ranks, so its gradient is the mean on all of them: W S1 / W + S2 adds up as well.
+`step()` divides by W. A 0-d parameter belongs to all ranks and has the mean on all: W times S1 / W adds up as well.
 
 Messages are under way while backward goes on and finished by a callback at its end. The future handed to DDP is
 complete from the start: it only tells DDP where the gradients are, which is where they were.
 """
 
-import weakref
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from zeroadam.bucket import Bucket, is_dense, split_by_size
 from zeroadam.collectives import is_gloo, reduce_scatter, sum_rows
+from zeroadam.guard import HELD, REDUCED, Reduced
 from zeroadam.shard import shard
 
 if TYPE_CHECKING:
@@ -54,60 +48,6 @@ def bf16_reduce_scatter_hook(optimizer: "ZeroAdam", bucket: dist.GradBucket) -> 
     The sum of the rounded gradients is taken in float32 (on gloo) and stored in the dtype of the gradient.
     """
     return optimizer.reduction.reduce(bucket, torch.bfloat16)
-
-
-@dataclass
-class Reduced:
-    """What the hook last wrote to the gradients of one DDP bucket: where, which version, summed over whom."""
-
-    storage: int
-    version: int
-    process_group: dist.ProcessGroup
-
-    def still_in(self, grad: Tensor) -> bool:
-        return grad.untyped_storage().data_ptr() == self.storage and grad._version == self.version
-
-
-# Ownership depends on shape and W alone: an optimizer can step on what was reduced by a hook on another one.
-HELD: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> weak reference to the ZeroAdam that holds it
-REDUCED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> Reduced
-
-
-def summed_over(param: Tensor, process_group: dist.ProcessGroup) -> int:
-    """By what to divide `param.grad` for the mean over the ranks: W if the hook has summed it, 1 if it is the mean.
-
-    Raises:
-        RuntimeError: the gradient is not what the hook made it, or was summed over another process group.
-    """
-    reduced: Reduced | None = REDUCED.get(param)
-    if reduced is None or param.grad is None:
-        return 1
-    if reduced.process_group != process_group:
-        raise RuntimeError(
-            "gradients were summed over another process group than that of the optimizer that holds the parameters: "
-            "register the hook with an optimizer of the same group"
-        )
-    if not reduced.still_in(param.grad):
-        raise RuntimeError(
-            f"the gradient of a parameter of shape {tuple(param.shape)} was changed after reduce_scatter_hook summed "
-            "it, which only its owner would notice: clip with optimizer.clip_grad_norm_(), not with "
-            "torch.nn.utils.clip_grad_norm_(); scale with zeroadam.GradScaler; end accumulation with a backward "
-            "outside of no_sync()"
-        )
-    return process_group.size() if param.dim() > 0 else 1
-
-
-def accept_changes(params: Iterable[Tensor]) -> None:
-    """Take the gradients as they are now for what the hook wrote; for changes that all ranks make alike."""
-    for param in params:
-        if param.grad is not None and param in REDUCED:
-            REDUCED[param].version = param.grad._version
-
-
-def mark_held(params: Iterable[Tensor], optimizer: "ZeroAdam") -> None:
-    """Remember which optimizer holds the parameters, without keeping it alive."""
-    for param in params:
-        HELD[param] = weakref.ref(optimizer)
 
 
 class Reduction:
@@ -237,7 +177,7 @@ class _Part:
         self.received_numel = self.senders * (own + self.pieces.row_numels[self.rank])
         self.received_from = -(-self.pieces.staging_bytes // 8) * 8  # bytes; aligned for every dtype
         self.memory_bytes = self.received_from + self.received_numel * self.pieces.dtype.itemsize
-        self.reduced = Reduced(grads[0].untyped_storage().data_ptr(), -1, self.process_group)
+        self.reduced = Reduced(grads[0].untyped_storage().data_ptr(), -1, self.process_group.group_name)
 
     def start(self, memory: Tensor) -> None:
         self.pieces.use_staging(memory)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zeroadam.comm_hook import accept_changes, summed_over
+from zeroadam.guard import accept_changes, summed_over
 from zeroadam.optimizer import ZeroAdam
 
 

@@ -17,7 +17,8 @@ from zeroadam.agree import Manifest, check_ranks_agree, check_supported, describ
 from zeroadam.bucket import Bucket, share_staging, split_by_size
 from zeroadam.clip import clip_grad_norm_
 from zeroadam.collectives import all_gather, is_gloo
-from zeroadam.comm_hook import Reduction, mark_held, summed_over
+from zeroadam.comm_hook import Reduction
+from zeroadam.guard import mark_held, summed_over
 from zeroadam.join import StepAlong
 from zeroadam.shard import shard
 from zeroadam.state import loaded_state, new_state
