@@ -163,6 +163,24 @@ def test_learning_rate_may_be_a_tensor(run_ranks) -> None:
     run_ranks(tensor_lr, 2)
 
 
+def re_pointed() -> None:
+    """`p.data = ...`, as in swapping weights for their averages."""
+    mine, theirs = parameters(), parameters()
+    ours = ZeroAdamW(mine, lr=1e-2, eps=1e-6, fused=False)
+    plain = torch.optim.AdamW(theirs, lr=1e-2, eps=1e-6, fused=False)
+    for step in range(4):
+        for param in (*mine, *theirs):
+            param.data = param.data + 1 if step == 2 else param.data.clone()
+        set_gradients(step, mine, theirs)
+        ours.step()
+        plain.step()
+    assert_same(ours, plain)
+
+
+def test_parameters_may_move_in_memory(run_ranks) -> None:
+    run_ranks(re_pointed, 2)
+
+
 def closure_and_hooks() -> None:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)

@@ -44,8 +44,17 @@ class Bucket:
         self.packed = [p for p in params if not self._is_direct(p)]
         self.params = [*self.direct, *self.packed]
         self.layouts = [_layout(p) for p in self.params]
-        self.row_numels = [sum(self._piece(p, r).numel() for p in self.packed) for r in range(world_size)]
+        self._view_pieces()
+        self.row_numels = [sum(piece.numel() for piece in pieces) for pieces in self.packed_pieces]
         self.staging_bytes = world_size * max(self.row_numels) * self.dtype.itemsize
+
+    def _view_pieces(self) -> None:
+        """Views of what belongs to whom, as long as the parameters stay where they are: [W][params] of [c, ...]."""
+        ranks = range(self.world_size)
+        self.addresses = [p.data_ptr() for p in self.params]
+        self.packed_pieces = [[self._piece(p, r) for p in self.packed] for r in ranks]
+        self.direct_pieces = [self._piece(p, self.rank) for p in self.direct]
+        self.direct_rows = [[flat(self._piece(p, r)) for r in ranks] for p in self.direct]
 
     def _is_direct(self, param: Tensor) -> bool:
         pieces = [self._piece(param, r) for r in range(self.world_size)]
@@ -65,8 +74,7 @@ class Bucket:
     def _cut(self, row: Tensor, rank: int) -> list[Tensor]:
         """The packed pieces of `rank` inside its row: [n] -> [c, ...] each, in the stride order of the parameter."""
         cut, offset = [], 0
-        for param in self.packed:
-            piece = self._piece(param, rank)
+        for piece in self.packed_pieces[rank]:
             cut.append(row[offset:].as_strided(piece.shape, torch.empty_like(piece, device="meta").stride()))
             offset += piece.numel()
         return cut
@@ -84,38 +92,45 @@ class Bucket:
                     f"a parameter of shape {tuple(param.shape)} was {layout} (dtype, device, stride) when the "
                     f"optimizer was built and is {_layout(param)} now: build it after casting and moving the model"
                 )
+        if [p.data_ptr() for p in self.params] != self.addresses:  # p.data = ...
+            self._view_pieces()
 
     def pack(self) -> list[Tensor]:
         """This rank's piece of every parameter, dense, to be updated in place: [d0, ...] -> [c, ...]."""
         copies = self.row_pieces[self.rank]
         if copies:
-            torch._foreach_copy_(copies, self._packed_pieces(self.rank))
-        return [*(self._piece(p, self.rank) for p in self.direct), *copies]
+            torch._foreach_copy_(copies, self.packed_pieces[self.rank])
+        return [*self.direct_pieces, *copies]
 
     def pack_all(self) -> None:
         """Fill all rows: [d0, ...] each -> [W, n]."""
-        for rank, copies in enumerate(self.row_pieces):
+        for copies, pieces in zip(self.row_pieces, self.packed_pieces, strict=True):
             if copies:
-                torch._foreach_copy_(copies, self._packed_pieces(rank))
+                torch._foreach_copy_(copies, pieces)
 
     def rows(self) -> list[list[Tensor]]:
         """What to exchange: lists of W dense rows, [n_r] of rank r, one for each direct tensor and one for the rest."""
-        exchanges = [[flat(self._piece(p, r)) for r in range(self.world_size)] for p in self.direct]
-        return [*exchanges, self.staging_rows] if self.packed else exchanges
+        return [*self.direct_rows, self.staging_rows] if self.packed else self.direct_rows
 
     def unpack(self) -> None:
         """Write the gathered rows into the packed parameters: [W, n] -> [d0, ...] each."""
-        for rank, pieces in enumerate(self.row_pieces):
-            if pieces:
-                torch._foreach_copy_(self._packed_pieces(rank), pieces)
+        for copies, pieces in zip(self.row_pieces, self.packed_pieces, strict=True):
+            if copies:
+                torch._foreach_copy_(pieces, copies)
 
-    def unpack_own(self, row: Tensor) -> None:
-        """Write this rank's row [n], of any dtype, into the packed tensors, and zero into the rest of them."""
-        torch._foreach_zero_([p.detach() for p in self.packed])
-        torch._foreach_copy_(self._packed_pieces(self.rank), self._cut(row, self.rank))
-
-    def _packed_pieces(self, rank: int) -> list[Tensor]:
-        return [self._piece(p, rank) for p in self.packed]
+    def keep_own(self, sums: Sequence[Tensor]) -> None:
+        """Write this rank's rows, one for each of `rows()`, in place of what the tensors hold, and zero elsewhere."""
+        for rows, total in zip(self.direct_rows, sums, strict=False):
+            if total is not rows[self.rank]:
+                rows[self.rank].copy_(total)
+        elsewhere = [row for rows in self.direct_rows for rank, row in enumerate(rows) if rank != self.rank]
+        if elsewhere:
+            torch._foreach_zero_(elsewhere)
+        if self.packed:
+            torch._foreach_zero_([tensor.detach() for tensor in self.packed])
+            summed = sums[-1] is self.staging_rows[self.rank]
+            copies = self.row_pieces[self.rank] if summed else self._cut(sums[-1], self.rank)
+            torch._foreach_copy_(self.packed_pieces[self.rank], copies)
 
     def _piece(self, param: Tensor, rank: int) -> Tensor:
         return shard(param.detach(), self.world_size, rank)

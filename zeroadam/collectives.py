@@ -25,47 +25,52 @@ def is_gloo(process_group: dist.ProcessGroup, device_type: str) -> bool:
     return backends[device_type] == "gloo"
 
 
-def all_gather(rows: Sequence[Tensor], process_group: dist.ProcessGroup) -> list[dist.Work]:
+def all_gather(exchanges: Sequence[Sequence[Tensor]], process_group: dist.ProcessGroup) -> list[dist.Work]:
     """Start to send row `rank` to every rank and to receive the others; done when the works have been waited for.
 
-    rows: W dense 1-D tensors, [n_r] of rank r on every rank. Backends other than gloo need rows of one length that
-    follow each other in memory.
+    exchanges: any number of lists of W dense 1-D rows, [n_r] of rank r on every rank. Backends other than gloo need
+    the rows of one list to have one length and to follow each other in memory.
     """
-    rank = process_group.rank()
-    if not is_gloo(process_group, rows[0].device.type):
-        return _started(_all_gather_single(_joined(rows), rows[rank], group=process_group, async_op=True))
-    if rows[0].device.type == "cpu":
-        return _exchange([rows[rank]] * len(rows), rows, process_group)
-    # gloo sends and receives CPU tensors only; its broadcast takes any.
-    return _started(
-        *(
-            dist.broadcast(row, group=process_group, group_src=source, async_op=True)
-            for source, row in enumerate(rows)
-            if row.numel() > 0
-        )
-    )
+    rank, device_type = process_group.rank(), exchanges[0][0].device.type
+    works: list[dist.Work | None] = []
+    if not is_gloo(process_group, device_type):
+        for rows in exchanges:
+            works.append(_all_gather_single(_joined(rows), rows[rank], group=process_group, async_op=True))
+    elif device_type == "cpu":
+        for rows in exchanges:
+            works += _exchange([rows[rank]] * len(rows), rows, process_group)
+    else:  # gloo sends and receives CPU tensors only; its broadcast takes any
+        for rows in exchanges:
+            for source, row in enumerate(rows):
+                if row.numel() > 0:
+                    works.append(dist.broadcast(row, group=process_group, group_src=source, async_op=True))
+    return [work for work in works if work is not None]
 
 
 def reduce_scatter(
-    rows: Sequence[Tensor], received: Sequence[Tensor], process_group: dist.ProcessGroup
+    exchanges: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]], process_group: dist.ProcessGroup
 ) -> list[dist.Work]:
     """Start to send row r to rank r and to receive this rank's row from all; `sum_rows` when the works are done.
 
-    rows: W dense 1-D tensors, [n_r] for rank r; unchanged until the works have been waited for.
-    received: on gloo W - 1 tensors [n_rank] to receive into; else none, and the sum is in row `rank` already.
+    exchanges: lists of W dense 1-D rows, [n_r] for rank r; unchanged until the works have been waited for.
+    received: for each of them, on gloo W - 1 rows [n_rank] to receive into; else none, and the sum is in row `rank`.
     """
-    rank = process_group.rank()
-    if not is_gloo(process_group, rows[0].device.type):
-        return _started(_reduce_scatter_single(rows[rank], _joined(rows), group=process_group, async_op=True))
-    incoming = [*received[:rank], rows[rank], *received[rank:]]
-    if rows[0].device.type == "cpu":
-        return _exchange(rows, incoming, process_group)
-    gathered = rows[0].new_empty(len(rows) * rows[rank].numel())
-    sizes = [row.numel() for row in rows]
-    dist.all_to_all_single(gathered, torch.cat(list(rows)), [sizes[rank]] * len(rows), sizes, group=process_group)
-    for row, part in zip(incoming, torch.split(gathered, sizes[rank]), strict=False):
-        row.copy_(part)
-    return []
+    rank, device_type = process_group.rank(), exchanges[0][0].device.type
+    works: list[dist.Work | None] = []
+    for rows, others in zip(exchanges, received, strict=True):
+        incoming = [*others[:rank], rows[rank], *others[rank:]]
+        if not is_gloo(process_group, device_type):
+            works.append(_reduce_scatter_single(rows[rank], _joined(rows), group=process_group, async_op=True))
+        elif device_type == "cpu":
+            works += _exchange(rows, incoming, process_group)
+        else:
+            sizes = [row.numel() for row in rows]
+            gathered = rows[0].new_empty(len(rows) * sizes[rank])
+            sent = torch.cat(list(rows))
+            dist.all_to_all_single(gathered, sent, [sizes[rank]] * len(rows), sizes, group=process_group)
+            for row, part in zip(incoming, gathered.view(len(rows), -1), strict=True):
+                row.copy_(part)
+    return [work for work in works if work is not None]
 
 
 def sum_rows(own: Tensor, received: Sequence[Tensor], rank: int) -> Tensor:
@@ -91,14 +96,12 @@ def _exchange(
     outgoing: Sequence[Tensor], incoming: Sequence[Tensor], process_group: dist.ProcessGroup
 ) -> list[dist.Work]:
     """Send `outgoing[r]` to every other rank r and receive `incoming[r]` from it, in messages of a few MB."""
-    rank, works = process_group.rank(), []
-    for distance in range(1, process_group.size()):  # every rank starts with another peer
-        target, source = (rank + distance) % process_group.size(), (rank - distance) % process_group.size()
-        for message in _messages(incoming[source]):
-            works.append(dist.irecv(message, group=process_group, group_src=source, tag=TAG))
-        for message in _messages(outgoing[target]):
-            works.append(dist.isend(message, group=process_group, group_dst=target, tag=TAG))
-    return _started(*works)
+    rank, world_size, works = process_group.rank(), process_group.size(), []
+    for distance in range(1, world_size):  # every rank starts with another peer
+        target, source = (rank + distance) % world_size, (rank - distance) % world_size
+        works += [process_group.recv([message], source, TAG) for message in _messages(incoming[source])]
+        works += [process_group.send([message], target, TAG) for message in _messages(outgoing[target])]
+    return works
 
 
 def _messages(row: Tensor) -> Sequence[Tensor]:
@@ -108,10 +111,6 @@ def _messages(row: Tensor) -> Sequence[Tensor]:
 def _joined(rows: Sequence[Tensor]) -> Tensor:
     """The memory of equal rows that follow each other: W times [n] -> [W * n]."""
     return rows[0].as_strided((len(rows) * rows[0].numel(),), (1,))
-
-
-def _started(*works: dist.Work | None) -> list[dist.Work]:
-    return [work for work in works if work is not None]
 
 
 # torch 2.13 has new names for these and warns of the old ones, which are all that 2.11 has.

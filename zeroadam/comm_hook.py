@@ -18,7 +18,6 @@ from torch import Tensor
 from zeroadam.bucket import Bucket, is_dense, split_by_size
 from zeroadam.collectives import is_gloo, reduce_scatter, sum_rows
 from zeroadam.guard import HELD, REDUCED, Reduced
-from zeroadam.shard import shard
 
 if TYPE_CHECKING:
     from zeroadam.optimizer import ZeroAdam
@@ -58,7 +57,6 @@ class Reduction:
         self.rank, self.world_size = process_group.rank(), process_group.size()
         self.under_way: deque[_Part] = deque()
         self.finished: list[_Part] = []
-        self.started = 0
         self.backward = -1  # the last one seen, by its number in the autograd engine
         self.known: dict[int, list[_Part]] = {}  # the parts of a DDP bucket by its address
         self.memory: dict[tuple[torch.device, int], Tensor] = {}
@@ -87,9 +85,9 @@ class Reduction:
                 "use torch.distributed.algorithms.Join([model, optimizer])"
             )
         for part in parts:
-            if len(self.under_way) == IN_FLIGHT:
+            while any(part.slot == other.slot for other in self.under_way):
                 self._finish_first()
-            part.start(self._staging(part))
+            part.start(self._memory(part))
             self.under_way.append(part)
         if backward == -1:
             self.finish()
@@ -114,7 +112,7 @@ class Reduction:
     @property
     def used(self) -> bool:
         """Whether the hook has run."""
-        return self.started > 0
+        return len(self.known) > 0
 
     def take_joined(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters and gradients that came to this rank without inputs since the last call."""
@@ -134,8 +132,8 @@ class Reduction:
                 )
             # torch.amp.GradScaler then leaves unscaling and infinities to step(), which refuses: see there.
             holder._step_supports_amp_scaling = True
-        self.known[bucket.buffer().data_ptr()] = self._parts(bucket, wire_dtype)
-        return self.known[bucket.buffer().data_ptr()]
+        parts = self.known[bucket.buffer().data_ptr()] = self._parts(bucket, wire_dtype)
+        return parts
 
     def _parts(self, bucket: dist.GradBucket, wire_dtype: torch.dtype | None) -> "list[_Part]":
         """A bucket in parts of bounded size: before DDP rebuilds its buckets there is just one."""
@@ -143,15 +141,17 @@ class Reduction:
         for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
             # DDP lays gradients out in the strides of their parameters, GradBucket.gradients() does not tell.
             grads[param] = grad.as_strided(param.shape, param.stride()) if is_dense(param) else grad
-        parts = split_by_size(list(grads), PART_BYTES)
-        return [_Part(self, params, [grads[p] for p in params], wire_dtype) for params in parts]
+        slot = sum(len(parts) for parts in self.known.values())
+        return [
+            _Part(self, params, [grads[p] for p in params], wire_dtype, (slot + i) % IN_FLIGHT)
+            for i, params in enumerate(split_by_size(list(grads), PART_BYTES))
+        ]
 
-    def _staging(self, part: "_Part") -> Tensor:
-        key = (part.grads[0].device, self.started % IN_FLIGHT)
-        self.started += 1
-        if key not in self.memory or self.memory[key].numel() < part.memory_bytes:
-            self.memory[key] = torch.empty(part.memory_bytes, dtype=torch.uint8, device=key[0])
-        return self.memory[key]
+    def _memory(self, part: "_Part") -> Tensor:
+        slot = (part.grads[0].device, part.slot)
+        if slot not in self.memory or self.memory[slot].numel() < part.memory_bytes:
+            self.memory[slot] = torch.empty(part.memory_bytes, dtype=torch.uint8, device=slot[0])
+        return self.memory[slot]
 
     def _check_views(self, bucket: dist.GradBucket) -> None:
         for param in bucket.parameters():
@@ -166,48 +166,51 @@ class _Part:
     """Some gradients of a DDP bucket: large pieces are sent from where they lie, the others packed."""
 
     def __init__(
-        self, reduction: Reduction, params: list[Tensor], grads: list[Tensor], wire_dtype: torch.dtype | None
+        self,
+        reduction: Reduction,
+        params: list[Tensor],
+        grads: list[Tensor],
+        wire_dtype: torch.dtype | None,
+        slot: int,
     ) -> None:
-        self.params, self.grads = params, grads
+        self.params, self.grads, self.slot = params, grads, slot
         self.process_group, self.rank = reduction.process_group, reduction.rank
         gloo = is_gloo(self.process_group, grads[0].device.type)
         self.senders = reduction.world_size - 1 if gloo else 0
         self.pieces = Bucket(grads, 0, self.rank, reduction.world_size, equal_rows=not gloo, wire_dtype=wire_dtype)
-        own = sum(shard(grad, reduction.world_size, self.rank).numel() for grad in self.pieces.direct)
-        self.received_numel = self.senders * (own + self.pieces.row_numels[self.rank])
+        self.received_numels = [self.senders * rows[self.rank].numel() for rows in self.pieces.direct_rows]
+        if self.pieces.packed:
+            self.received_numels.append(self.senders * self.pieces.row_numels[self.rank])
         self.received_from = -(-self.pieces.staging_bytes // 8) * 8  # bytes; aligned for every dtype
-        self.memory_bytes = self.received_from + self.received_numel * self.pieces.dtype.itemsize
+        self.memory_bytes = self.received_from + sum(self.received_numels) * self.pieces.dtype.itemsize
+        self.memory: Tensor | None = None
         self.reduced = Reduced(grads[0].untyped_storage().data_ptr(), -1, self.process_group.group_name)
 
     def start(self, memory: Tensor) -> None:
-        self.pieces.use_staging(memory)
+        """Pack, send and receive; `memory` is uint8, [memory_bytes] or more, and needed until `finish`."""
+        if memory is not self.memory:
+            self._use(memory)
         self.pieces.pack_all()
+        self.works = reduce_scatter(self.pieces.rows(), self.received, self.process_group)
+
+    def _use(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.pieces.use_staging(memory)
         received = memory[self.received_from : self.memory_bytes].view(self.pieces.dtype)
-        self.exchanges: list[tuple[list[Tensor], list[Tensor]]] = []
-        self.works: list[dist.Work] = []
-        for rows in self.pieces.rows():
-            numel = self.senders * rows[self.rank].numel()
-            incoming = list(received[:numel].view(self.senders, -1)) if self.senders else []
-            received = received[numel:]
-            self.works += reduce_scatter(rows, incoming, self.process_group)
-            self.exchanges.append((rows, incoming))
+        self.received: list[list[Tensor]] = []  # W - 1 rows for each row of this rank
+        for part in received.split(self.received_numels):
+            self.received.append(list(part.view(self.senders, -1)) if self.senders else [])
 
     def finish(self) -> None:
+        """Wait, and leave the sums in the gradients."""
         for work in self.works:
             work.wait()
-        for rows, received in self.exchanges[: len(self.pieces.direct)]:
-            total = sum_rows(rows[self.rank], received, self.rank)
-            for rank, row in enumerate(rows):
-                if rank != self.rank:
-                    row.zero_()
-                elif total is not row:
-                    row.copy_(total)
-        if self.pieces.packed:
-            rows, received = self.exchanges[-1]
-            self.pieces.unpack_own(sum_rows(rows[self.rank], received, self.rank))
+        own = [rows[self.rank] for rows in self.pieces.rows()]
+        sums = [sum_rows(row, received, self.rank) for row, received in zip(own, self.received, strict=True)]
+        self.pieces.keep_own(sums)
         for grad in self.grads:
             if grad.dim() == 0:
-                grad /= len(rows)
+                grad /= self.pieces.world_size
 
     def remember(self) -> None:
         """Note which version the gradients are, once nothing more is written to their bucket."""

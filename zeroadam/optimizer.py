@@ -141,9 +141,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             if len(gathering) == IN_FLIGHT:
                 _finish(*gathering.popleft())
             self._update(bucket, bucket.pack(), divisors)
-            gathering.append(
-                (bucket, [work for rows in bucket.rows() for work in all_gather(rows, self.process_group)])
-            )
+            gathering.append((bucket, all_gather(bucket.rows(), self.process_group)))
         while gathering:
             _finish(*gathering.popleft())
         return loss
