@@ -29,8 +29,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from zeroadam import ZeroAdamW
+from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
 
+HOOKS = {"reduce_scatter": reduce_scatter_hook, "bf16_reduce_scatter": bf16_reduce_scatter_hook}
 RANK = int(os.environ.get("RANK", 0))
 MAX_TEXT_BYTES = 16 * 2**20
 
@@ -150,6 +151,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--optimizer", choices=["zeroadam", "adamw", "zero_redundancy"], default="zeroadam")
     add("--kernel", choices=["fused", "foreach"], default="fused", help="which of torch's Adam kernels to use")
+    add("--hook", choices=["none", *HOOKS], default="none", help="how zeroadam gets its gradients, if not from DDP")
     add("--data", type=Path, default=Path(sysconfig.get_path("stdlib")), metavar="PATH", help="a text file or a folder")
     add("--steps", type=int, default=200)
     add("--batch-size", type=int, default=8, help="sequences per rank and backward pass")
@@ -184,6 +186,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.width % args.heads:
         parser.error(f"--width {args.width} is not a multiple of --heads {args.heads}")
+    if args.hook != "none" and args.optimizer != "zeroadam":
+        parser.error(f"--hook {args.hook} works with --optimizer zeroadam only")
     if not args.data.exists():
         parser.error(f"--data {args.data} does not exist")
     if args.plot and not args.plot.resolve().parent.is_dir():
@@ -230,6 +234,8 @@ def train(args: argparse.Namespace) -> None:
     gpt = GPT(args.width, args.layers, args.heads, args.context).to(device)
     model = DistributedDataParallel(gpt, gradient_as_bucket_view=True)
     optimizer = build_optimizer(model, args)
+    if args.hook != "none":
+        model.register_comm_hook(optimizer, HOOKS[args.hook])
 
     def factor(step: int) -> float:
         if step < args.warmup:
@@ -264,7 +270,10 @@ def train(args: argparse.Namespace) -> None:
                 part = loss_of(model, batch(train_text, args.batch_size, args.context, data, device)) / args.grad_accum
                 part.backward()
             loss += part.detach()
-        clip_grad_norm_(model.parameters(), args.clip)
+        if args.hook == "none":
+            clip_grad_norm_(model.parameters(), args.clip)
+        else:
+            optimizer.clip_grad_norm_(args.clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -21,7 +21,7 @@ from torch.distributed.algorithms import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
+from zeroadam import GradScaler, ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
 from zeroadam.shard import shard
 
 STEPS = 20
@@ -301,6 +301,23 @@ def uneven_refused(case: str) -> None:
         with pytest.raises(ValueError, match="divide_by_initial_world_size=False is not supported"):
             Join([model, optimizer], divide_by_initial_world_size=False)
         return
+    if case == "clip":
+        with Join([model, optimizer]):
+            model(data_of(0, 0, 0), sometimes=True).backward()
+            with pytest.raises(RuntimeError, match=r"clip_grad_norm_\(\) asks all ranks, but in Join"):
+                optimizer.clip_grad_norm_(1.0)
+            scaler = GradScaler("cpu")
+            scaler.scale(torch.zeros(()))
+            with pytest.raises(RuntimeError, match="GradScaler asks all ranks, but in Join"):
+                scaler.step(optimizer)
+            optimizer.step()
+        model(data_of(0, 0, 0), sometimes=True).backward()
+        optimizer.clip_grad_norm_(1.0)  # outside again
+        return
+    if case == "order":
+        with pytest.raises(ValueError, match="the model comes first"), Join([optimizer, model]):
+            model(data_of(0, 0, 0), sometimes=True).backward()
+        return
 
     def train() -> None:
         with model.join():
@@ -316,8 +333,9 @@ def uneven_refused(case: str) -> None:
     assert re.search("closed by peer|reset by peer", str(raised.value))
 
 
-def test_join_that_cannot_be_right_is_refused(run_ranks) -> None:
-    run_ranks(uneven_refused, 2, "divide")
+@pytest.mark.parametrize("case", ["divide", "clip", "order"])
+def test_join_that_cannot_be_right_is_refused(run_ranks, case: str) -> None:
+    run_ranks(uneven_refused, 2, case)
 
 
 def test_join_without_the_optimizer_is_refused(run_ranks) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from zeroadam.bucket import Bucket, is_dense, split_by_size
 from zeroadam.collectives import is_gloo, reduce_scatter, sum_rows
 from zeroadam.guard import HELD, REDUCED, Reduced
+from zeroadam.join import in_join
 
 if TYPE_CHECKING:
     from zeroadam.optimizer import ZeroAdam
@@ -38,7 +39,7 @@ def reduce_scatter_hook(optimizer: "ZeroAdam", bucket: dist.GradBucket) -> torch
     Raises, from `backward()`:
         RuntimeError: `gradient_as_bucket_view=False`, a parameter of no such optimizer, or `model.join()` without it.
     """
-    return optimizer.reduction.reduce(bucket)
+    return optimizer.reduction.reduce(bucket, in_join(optimizer))
 
 
 def bf16_reduce_scatter_hook(optimizer: "ZeroAdam", bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -46,7 +47,7 @@ def bf16_reduce_scatter_hook(optimizer: "ZeroAdam", bucket: dist.GradBucket) -> 
 
     The sum of the rounded gradients is taken in float32 (on gloo) and stored in the dtype of the gradient.
     """
-    return optimizer.reduction.reduce(bucket, torch.bfloat16)
+    return optimizer.reduction.reduce(bucket, in_join(optimizer), torch.bfloat16)
 
 
 class Reduction:
@@ -61,12 +62,11 @@ class Reduction:
         self.known: dict[int, list[_Part]] = {}  # the parts of a DDP bucket by its address
         self.memory: dict[tuple[torch.device, int], Tensor] = {}
         # In `Join`, what a rank without inputs gets for its pieces: DDP does not put it into p.grad there.
-        self.in_join = False
         self.joined: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def reduce(
-        self, bucket: dist.GradBucket, wire_dtype: torch.dtype | None = None
+        self, bucket: dist.GradBucket, in_join: bool, wire_dtype: torch.dtype | None = None
     ) -> torch.futures.Future[torch.Tensor]:
         """Start to reduce one bucket; finish what is `IN_FLIGHT` parts behind now, the rest at the end of backward."""
         backward = torch._C._current_graph_task_id()
@@ -76,7 +76,7 @@ class Reduction:
             if backward != self.backward:
                 self.backward = backward
                 torch.autograd.Variable._execution_engine.queue_callback(self.finish)
-        elif self.in_join:
+        elif in_join:
             parts = self._parts(bucket, wire_dtype)
             self.joined += [pair for part in parts for pair in zip(part.params, part.grads, strict=True)]
         else:

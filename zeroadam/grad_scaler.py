@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from zeroadam.guard import accept_changes, summed_over
+from zeroadam.join import refuse_in_join
 from zeroadam.optimizer import ZeroAdam
 
 
@@ -22,6 +23,7 @@ class GradScaler(torch.amp.GradScaler):
         if not self.is_enabled() or not isinstance(optimizer, ZeroAdam):
             super().unscale_(optimizer)
             return
+        refuse_in_join(optimizer, "zeroadam.GradScaler")
         params = [param for group in optimizer.param_groups for param in group["params"]]
         for param in params:
             summed_over(param, optimizer.process_group)  # raises if something else has changed the gradients

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed.algorithms import JoinHook
+from torch.distributed.algorithms import Joinable, JoinHook
 
 if TYPE_CHECKING:
     from zeroadam.optimizer import ZeroAdam
@@ -20,7 +20,6 @@ class StepAlong(JoinHook):
                 "its process group"
             )
         self.optimizer = optimizer
-        optimizer.reduction.in_join = True
 
     def main_hook(self) -> None:
         """Called for every iteration of the others, after the model's own shadow of it."""
@@ -39,4 +38,20 @@ class StepAlong(JoinHook):
             param.grad = None
 
     def post_hook(self, is_last_joiner: bool) -> None:  # noqa: ARG002
-        self.optimizer.reduction.in_join = False
+        Joinable.__init__(self.optimizer)  # as it was outside of the context
+
+
+def in_join(optimizer: ZeroAdam) -> bool:
+    """Whether the optimizer is inside `Join([model, optimizer])`; raises if it comes first there."""
+    if optimizer._join_config.enable and optimizer._join_config.is_first_joinable:
+        raise ValueError("backward comes before step(), so the model comes first: Join([model, optimizer])")
+    return bool(optimizer._join_config.enable)
+
+
+def refuse_in_join(optimizer: ZeroAdam, what: str) -> None:
+    """Raise for what the ranks without inputs would not take part in."""
+    if in_join(optimizer):
+        raise RuntimeError(
+            f"{what} asks all ranks, but in Join those without inputs only follow backward and step(): give all ranks "
+            "equally many batches"
+        )

@@ -19,7 +19,7 @@ from zeroadam.clip import clip_grad_norm_
 from zeroadam.collectives import all_gather, is_gloo
 from zeroadam.comm_hook import Reduction
 from zeroadam.guard import mark_held, summed_over
-from zeroadam.join import StepAlong
+from zeroadam.join import StepAlong, refuse_in_join
 from zeroadam.shard import shard
 from zeroadam.state import loaded_state, new_state
 
@@ -202,8 +202,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             the norm before clipping, [] float32, the same on every rank.
 
         Raises:
-            RuntimeError: the norm is not finite and `error_if_nonfinite` is set; or see `step`. On every rank.
+            RuntimeError: the norm is not finite and `error_if_nonfinite` is set; inside `Join`; or see `step`.
         """
+        refuse_in_join(self, "clip_grad_norm_()")
         params = [param for group in self.param_groups for param in group["params"]]
         return clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite, self.process_group)
 
