@@ -394,6 +394,31 @@ def test_state_is_there_from_the_start_and_holds_its_share_only(run_ranks, world
     run_ranks(counted_state, world_size, world_size)
 
 
+def many_buckets() -> None:
+    """Packed and direct buckets of several groups, one after another, far more than staging memories."""
+    lists = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        lists.append([nn.Parameter(torch.randn((600, 512) if i % 4 == 3 else (40 + i, 30))) for i in range(40)])
+    ours, plain = (
+        cls([{"params": params[i : i + 5]} for i in range(0, 40, 5)], lr=1e-2, fused=False, **options)
+        for cls, params, options in zip(
+            (ZeroAdamW, torch.optim.AdamW), lists, ({"bucket_cap_mb": 0.002}, {}), strict=True
+        )
+    )
+    for step in range(3):
+        set_gradients(step, *lists)
+        ours.step()
+        plain.step()
+    assert len(ours._buckets) > 5 * optimizer_module.IN_FLIGHT
+    assert_same(ours, plain)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_buckets_that_share_staging_memory_do_not_meet_there(run_ranks, world_size: int) -> None:
+    run_ranks(many_buckets, world_size)
+
+
 def bounded_staging() -> None:
     params = [nn.Parameter(torch.zeros(64, 64)) for _ in range(300)]
     optimizer = ZeroAdam(params, bucket_cap_mb=0.25)

@@ -40,8 +40,9 @@ class Bucket:
         self.group_index, self.rank, self.world_size = group_index, rank, world_size
         self.dtype = wire_dtype or params[0].dtype
         self.equal_rows = equal_rows
-        self.direct = [p for p in params if self._is_direct(p)]
-        self.packed = [p for p in params if not self._is_direct(p)]
+        direct = {p for p in params if p.dtype == self.dtype and is_direct(p, world_size, equal_rows)}
+        self.direct = [p for p in params if p in direct]
+        self.packed = [p for p in params if p not in direct]
         self.params = [*self.direct, *self.packed]
         self.layouts = [_layout(p) for p in self.params]
         self._view_pieces()
@@ -55,12 +56,6 @@ class Bucket:
         self.packed_pieces = [[self._piece(p, r) for p in self.packed] for r in ranks]
         self.direct_pieces = [self._piece(p, self.rank) for p in self.direct]
         self.direct_rows = [[flat(self._piece(p, r)) for r in ranks] for p in self.direct]
-
-    def _is_direct(self, param: Tensor) -> bool:
-        pieces = [self._piece(param, r) for r in range(self.world_size)]
-        if param.dtype != self.dtype or pieces[0].nbytes < DIRECT_BYTES or not all(is_dense(piece) for piece in pieces):
-            return False
-        return not self.equal_rows or (is_dense(param) and len({piece.numel() for piece in pieces}) == 1)
 
     def use_staging(self, memory: Tensor) -> None:
         """Lay the rows out in `memory`, uint8 [staging_bytes] or more, which is needed from `pack` to `unpack`."""
@@ -136,6 +131,14 @@ class Bucket:
         return shard(param.detach(), self.world_size, rank)
 
 
+def is_direct(tensor: Tensor, world_size: int, equal_rows: bool) -> bool:
+    """Whether the pieces of `tensor` travel from and into where they lie, because they are large runs of memory."""
+    pieces = [shard(tensor, world_size, rank) for rank in range(world_size)]
+    if pieces[0].nbytes < DIRECT_BYTES or not all(is_dense(piece) for piece in pieces):
+        return False
+    return not equal_rows or (is_dense(tensor) and len({piece.numel() for piece in pieces}) == 1)
+
+
 def split_by_size(params: Sequence[Tensor], cap_bytes: float) -> list[list[Tensor]]:
     """Cut a list of parameters into runs of one dtype and device of about `cap_bytes`, in order."""
     runs: list[list[Tensor]] = []
@@ -152,10 +155,10 @@ def split_by_size(params: Sequence[Tensor], cap_bytes: float) -> list[list[Tenso
 
 
 def share_staging(buckets: Sequence[Bucket], in_flight: int) -> None:
-    """Give all buckets their rows; bucket k has the memory of bucket k + `in_flight`, so not both may be in use."""
+    """Give all buckets their rows, so that of those with packed tensors `in_flight` in a row can be in use."""
     most = max(bucket.staging_bytes for bucket in buckets)
     memory: dict[tuple[torch.device, int], Tensor] = {}
-    for k, bucket in enumerate(buckets):
+    for k, bucket in enumerate(sorted(buckets, key=lambda bucket: not bucket.packed)):
         slot = (bucket.params[0].device, k % in_flight)
         if slot not in memory:
             memory[slot] = torch.empty(most, dtype=torch.uint8, device=slot[0])

@@ -14,7 +14,7 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
 from zeroadam.agree import Manifest, check_ranks_agree, check_supported, describe_groups, joined_group
-from zeroadam.bucket import Bucket, share_staging, split_by_size
+from zeroadam.bucket import Bucket, is_direct, share_staging, split_by_size
 from zeroadam.clip import clip_grad_norm_
 from zeroadam.collectives import all_gather, is_gloo
 from zeroadam.comm_hook import Reduction
@@ -138,7 +138,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         divisors = {p: summed_over(p, self.process_group) for bucket in self._buckets for p in bucket.params}
         gathering: deque[tuple[Bucket, list[dist.Work]]] = deque()
         for bucket in self._buckets:
-            if len(gathering) == IN_FLIGHT:
+            while bucket.packed and sum(bool(other.packed) for other, _ in gathering) == IN_FLIGHT:
                 _finish(*gathering.popleft())
             self._update(bucket, bucket.pack(), divisors)
             gathering.append((bucket, all_gather(bucket.rows(), self.process_group)))
@@ -279,11 +279,17 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             for param in new:
                 if param not in self.state:
                     self.state[param] = new_state(param, group, self._mesh(param))
-            for params in split_by_size(new, self.bucket_cap_mb * 2**20):
-                equal_rows = not is_gloo(self.process_group, params[0].device.type)
-                self._buckets.append(Bucket(params, index, self.rank, self.world_size, equal_rows=equal_rows))
+            packed = [p for p in new if not is_direct(p, self.world_size, self._equal_rows(p))]
+            # Apart, because buckets without packed parameters have to wait for nobody's staging memory.
+            for part in (packed, [p for p in new if all(p is not q for q in packed)]):
+                for params in split_by_size(part, self.bucket_cap_mb * 2**20):
+                    equal_rows = self._equal_rows(params[0])
+                    self._buckets.append(Bucket(params, index, self.rank, self.world_size, equal_rows=equal_rows))
         if len(held) < sum(len(bucket.params) for bucket in self._buckets):
             share_staging(self._buckets, IN_FLIGHT)
+
+    def _equal_rows(self, param: Tensor) -> bool:
+        return not is_gloo(self.process_group, param.device.type)
 
     def _mesh(self, param: Tensor) -> DeviceMesh:
         kind = param.device.type
