@@ -460,6 +460,11 @@ def round_trip() -> None:
     wrong["state"][7]["exp_avg"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"exp_avg has shape \(3,\), its parameter has"):
         from_plain.load_state_dict(wrong)
+    if dist.get_world_size() > 1:
+        alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+        other_world = ZeroAdamW(parameters(), amsgrad=True, eps=1e-6, fused=False, process_group=alone)
+        with pytest.raises(ValueError, match="state of another number of ranks"):
+            from_plain.load_state_dict(other_world.state_dict())
     assert_same(from_plain, plain)
 
 

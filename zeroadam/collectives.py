@@ -56,10 +56,11 @@ def reduce_scatter(
     received: for each of them, on gloo W - 1 rows [n_rank] to receive into; else none, and the sum is in row `rank`.
     """
     rank, device_type = process_group.rank(), exchanges[0][0].device.type
+    gloo = is_gloo(process_group, device_type)
     works: list[dist.Work | None] = []
     for rows, others in zip(exchanges, received, strict=True):
         incoming = [*others[:rank], rows[rank], *others[rank:]]
-        if not is_gloo(process_group, device_type):
+        if not gloo:
             works.append(_reduce_scatter_single(rows[rank], _joined(rows), group=process_group, async_op=True))
         elif device_type == "cpu":
             works += _exchange(rows, incoming, process_group)

@@ -112,7 +112,7 @@ class Reduction:
     @property
     def used(self) -> bool:
         """Whether the hook has run."""
-        return len(self.known) > 0
+        return bool(self.known or self.joined)
 
     def take_joined(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters and gradients that came to this rank without inputs since the last call."""
@@ -175,9 +175,9 @@ class _Part:
     ) -> None:
         self.params, self.grads, self.slot = params, grads, slot
         self.process_group, self.rank = reduction.process_group, reduction.rank
-        gloo = is_gloo(self.process_group, grads[0].device.type)
-        self.senders = reduction.world_size - 1 if gloo else 0
-        self.pieces = Bucket(grads, 0, self.rank, reduction.world_size, equal_rows=not gloo, wire_dtype=wire_dtype)
+        self.gloo = is_gloo(self.process_group, grads[0].device.type)
+        self.senders = reduction.world_size - 1 if self.gloo else 0
+        self.pieces = Bucket(grads, 0, self.rank, reduction.world_size, equal_rows=not self.gloo, wire_dtype=wire_dtype)
         self.received_numels = [self.senders * rows[self.rank].numel() for rows in self.pieces.direct_rows]
         if self.pieces.packed:
             self.received_numels.append(self.senders * self.pieces.row_numels[self.rank])
@@ -211,6 +211,8 @@ class _Part:
         for grad in self.grads:
             if grad.dim() == 0:
                 grad /= self.pieces.world_size
+                if not self.gloo:  # where each rank's sum may be taken in another order
+                    dist.broadcast(grad, group=self.process_group, group_src=0)
 
     def remember(self) -> None:
         """Note which version the gradients are, once nothing more is written to their bucket."""

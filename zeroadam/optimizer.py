@@ -101,7 +101,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         # Not even for the fused kernel: GradScaler is to unscale gradients itself and step only if they are finite.
         self._step_supports_amp_scaling = False
         self._buckets: list[Bucket] = []
-        self._shard_new_parameters()
+        self._hold(0)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -227,7 +227,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         except Exception:
             del self.param_groups[before:]
             raise
-        self._shard_new_parameters()
+        self._hold(before)
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """For `torch.distributed.algorithms.Join([model, optimizer])`; needs `reduce_scatter_hook`."""
@@ -255,8 +255,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             super().load_state_dict(state_dict)
             for group in self.param_groups:
                 _choose_kernel(group)
-            for param, state in self.state.items():
-                self.state[param] = loaded_state(state, param, self._mesh(param))
+                for param in group["params"]:
+                    if param in self.state:
+                        self.state[param] = loaded_state(self.state[param], param, group, self._mesh(param))
         except Exception:
             self.state, self.param_groups = before
             raise
@@ -269,7 +270,12 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         super().add_param_group(param_group)
         check_supported(self.param_groups[-1], len(self.param_groups) - 1)
         _choose_kernel(self.param_groups[-1])
-        mark_held(self.param_groups[-1]["params"], self)
+
+    def _hold(self, first: int) -> None:
+        """Take on the param groups from the `first`, which all ranks have agreed on."""
+        for group in self.param_groups[first:]:
+            mark_held(group["params"], self)
+        self._shard_new_parameters()
 
     def _shard_new_parameters(self) -> None:
         """Give state and a bucket to parameters without: all at first, later those that were added or unfrozen."""
@@ -279,10 +285,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             for param in new:
                 if param not in self.state:
                     self.state[param] = new_state(param, group, self._mesh(param))
-            packed = [p for p in new if not is_direct(p, self.world_size, self._equal_rows(p))]
-            # Apart, because buckets without packed parameters have to wait for nobody's staging memory.
-            for part in (packed, [p for p in new if all(p is not q for q in packed)]):
-                for params in split_by_size(part, self.bucket_cap_mb * 2**20):
+            direct = {p: is_direct(p, self.world_size, self._equal_rows(p)) for p in new}
+            for kind in (False, True):  # apart, as buckets without packed parameters need not wait for staging memory
+                for params in split_by_size([p for p in new if direct[p] is kind], self.bucket_cap_mb * 2**20):
                     equal_rows = self._equal_rows(params[0])
                     self._buckets.append(Bucket(params, index, self.rank, self.world_size, equal_rows=equal_rows))
         if len(held) < sum(len(bucket.params) for bucket in self._buckets):
