@@ -165,7 +165,7 @@ def test_learning_rate_may_be_a_tensor(run_ranks) -> None:
 
 def re_pointed() -> None:
     """`p.data = ...`, as in swapping weights for their averages."""
-    mine, theirs = parameters(), parameters()
+    mine, theirs = dense(parameters()), dense(parameters())
     ours = ZeroAdamW(mine, lr=1e-2, eps=1e-6, fused=False)
     plain = torch.optim.AdamW(theirs, lr=1e-2, eps=1e-6, fused=False)
     for step in range(4):
