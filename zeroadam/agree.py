@@ -11,9 +11,6 @@ from torch.distributed.tensor import DTensor
 # What a rank has, as text, in the order in which differences are reported.
 Manifest = dict[str, str]
 
-# Elements hashed at a time: bounds the memory that a fingerprint takes to some 16 MiB.
-CHUNK = 2**20
-
 
 def joined_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The given process group or else that of all ranks; raises if there is none or this rank is not in it."""
@@ -99,13 +96,16 @@ def named(group: dict[str, Any], index: int) -> list[tuple[str, Tensor]]:
 def fingerprint(tensor: Tensor) -> int:
     """A 64-bit hash of the bits of `tensor` [d0, ...]; a single differing element always changes it.
 
-    The sum, modulo 2^64, of every element's bits times an odd number made of its position.
+    The sum, modulo 2^64, of eight bytes at a time as an integer, times an odd number made of their position.
     """
-    bits_dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    weights = torch.arange(1, 2 * min(tensor.numel(), CHUNK) + 1, 2, device=tensor.device)
+    chunk_numel = 2**17 if tensor.device.type == "cpu" else 2**24  # what stays in cache, and few launches
+    weights = torch.arange(1, 2 * min(tensor.numel(), chunk_numel) + 16, 2, device=tensor.device)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for index, chunk in enumerate(tensor.detach().reshape(-1).split(CHUNK)):
-        total += (chunk.view(bits_dtype).to(torch.int64) * weights[: chunk.numel()]).sum() * (2 * index + 1)
+    for index, chunk in enumerate(tensor.detach().reshape(-1).split(chunk_numel)):
+        data = chunk.clone().view(torch.uint8)  # a clone begins at a multiple of eight bytes
+        whole = data.numel() // 8 * 8
+        words = torch.cat([data[:whole].view(torch.int64), data[whole:].to(torch.int64)])
+        total += (words * weights[: words.numel()]).sum() * (2 * index + 1)
     return int(total) % 2**64
 
 
