@@ -77,7 +77,16 @@ def nonfinite(hook: bool) -> None:
     ours(x).backward()
     with pytest.raises(RuntimeError, match="non-finite"):
         optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        optimizer.clip_grad_norm_(1.0, math.inf, error_if_nonfinite=True)
     assert not optimizer.clip_grad_norm_(1.0).isfinite()
+    optimizer.zero_grad()
+    for param in ours.parameters():
+        if param.requires_grad:
+            param.grad = torch.ones_like(param)
+    if not hook:  # only the piece that rank 1 owns is nan
+        shard(ours.module.first.weight.grad, 3, 1).fill_(math.nan)
+        assert optimizer.clip_grad_norm_(1.0, math.inf).isnan()
 
 
 @pytest.mark.parametrize("hook", [False, True])

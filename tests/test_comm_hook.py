@@ -21,7 +21,7 @@ from torch.distributed.algorithms import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from zeroadam import GradScaler, ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
+from zeroadam import GradScaler, ZeroAdamW, bf16_reduce_scatter_hook, comm_hook, reduce_scatter_hook
 from zeroadam.shard import shard
 
 STEPS = 20
@@ -365,6 +365,28 @@ def two_optimizers() -> None:
 
 def test_two_optimizers_over_one_model(run_ranks) -> None:
     run_ranks(two_optimizers, 2)
+
+
+def two_clipped_optimizers() -> None:
+    """Gradients of one DDP bucket share a version counter: what one optimizer clips is no news to the other."""
+    comm_hook.PART_BYTES = 2**18
+    net = Net()
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    params = list(net.parameters())
+    first, second = ZeroAdamW(params[:5], **ADAMW), ZeroAdamW(params[5:], **ADAMW)
+    model.register_comm_hook(first, reduce_scatter_hook)
+    for step in range(3):
+        model(data_of(dist.get_rank(), step, 0), sometimes=True).backward()
+        for optimizer in (first, second):
+            optimizer.clip_grad_norm_(1e-3)
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(int(optimizer.state[p]["step"]) == 3 for optimizer in (first, second) for p in optimizer.state)
+
+
+def test_each_of_two_optimizers_clips_its_own_parameters(run_ranks) -> None:
+    run_ranks(two_clipped_optimizers, 2)
 
 
 def two_models() -> None:

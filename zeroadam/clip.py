@@ -36,7 +36,9 @@ def clip_grad_norm_(
         norm = norm.to(total) / divisor
         total = torch.maximum(total, norm) if math.isinf(norm_type) else total + norm**norm_type
     if math.isinf(norm_type):
-        dist.all_reduce(total, dist.ReduceOp.MAX, group=process_group)
+        largest = torch.stack([total, total.isnan().to(total)])  # the maximum of a nan and a number may be either
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
+        total = torch.where(largest[1] > 0, math.nan, largest[0])
     else:
         dist.all_reduce(total, group=process_group)
         total = total ** (1 / norm_type)

@@ -142,8 +142,10 @@ class Reduction:
             # DDP lays gradients out in the strides of their parameters, GradBucket.gradients() does not tell.
             grads[param] = grad.as_strided(param.shape, param.stride()) if is_dense(param) else grad
         slot = sum(len(parts) for parts in self.known.values())
+        # One for all parts: the gradients of a bucket share their version counter.
+        reduced = Reduced(bucket.buffer().untyped_storage().data_ptr(), -1, self.process_group.group_name)
         return [
-            _Part(self, params, [grads[p] for p in params], wire_dtype, (slot + i) % IN_FLIGHT)
+            _Part(self, params, [grads[p] for p in params], wire_dtype, (slot + i) % IN_FLIGHT, reduced)
             for i, params in enumerate(split_by_size(list(grads), PART_BYTES))
         ]
 
@@ -172,8 +174,9 @@ class _Part:
         grads: list[Tensor],
         wire_dtype: torch.dtype | None,
         slot: int,
+        reduced: Reduced,
     ) -> None:
-        self.params, self.grads, self.slot = params, grads, slot
+        self.params, self.grads, self.slot, self.reduced = params, grads, slot, reduced
         self.process_group, self.rank = reduction.process_group, reduction.rank
         self.gloo = is_gloo(self.process_group, grads[0].device.type)
         self.senders = reduction.world_size - 1 if self.gloo else 0
@@ -184,7 +187,6 @@ class _Part:
         self.received_from = -(-self.pieces.staging_bytes // 8) * 8  # bytes; aligned for every dtype
         self.memory_bytes = self.received_from + sum(self.received_numels) * self.pieces.dtype.itemsize
         self.memory: Tensor | None = None
-        self.reduced = Reduced(grads[0].untyped_storage().data_ptr(), -1, self.process_group.group_name)
 
     def start(self, memory: Tensor) -> None:
         """Pack, send and receive; `memory` is uint8, [memory_bytes] or more, and needed until `finish`."""

@@ -117,8 +117,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             closure: computes the loss and its gradients again and returns the loss.
 
         Raises:
-            RuntimeError: a sparse gradient, or a parameter cast or moved since the optimizer was built. Nothing
-                has been changed then.
+            RuntimeError: a sparse gradient; a parameter cast or moved since the optimizer was built; gradients that
+                something else has changed since `reduce_scatter_hook` summed them. Nothing has been changed then.
         """
         if hasattr(self, "found_inf"):
             del self.found_inf, self.grad_scale  # type: ignore[attr-defined]
@@ -196,7 +196,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_` over the mean gradients of all parameters, with or without the hook.
 
-        A collective: one all-reduce of a single number. Like torch's, it scales `p.grad` in place.
+        A collective: one all-reduce of one or two numbers. Like torch's, it scales `p.grad` in place.
 
         Returns:
             the norm before clipping, [] float32, the same on every rank.
@@ -262,9 +262,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             self.state, self.param_groups = before
             raise
         for bucket in self._buckets:
-            for param in bucket.params:
-                if param not in self.state:
-                    self.state[param] = new_state(param, self.param_groups[bucket.group_index], self._mesh(param))
+            self._fill_state(bucket.params, self.param_groups[bucket.group_index])
 
     def _add_valid(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -282,9 +280,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         held = {param for bucket in self._buckets for param in bucket.params}
         for index, group in enumerate(self.param_groups):
             new = [p for p in group["params"] if p not in held and (p.requires_grad or p.grad is not None)]
-            for param in new:
-                if param not in self.state:
-                    self.state[param] = new_state(param, group, self._mesh(param))
+            self._fill_state(new, group)
             direct = {p: is_direct(p, self.world_size, self._equal_rows(p)) for p in new}
             for kind in (False, True):  # apart, as buckets without packed parameters need not wait for staging memory
                 for params in split_by_size([p for p in new if direct[p] is kind], self.bucket_cap_mb * 2**20):
@@ -292,6 +288,11 @@ class ZeroAdam(torch.optim.Adam, Joinable):
                     self._buckets.append(Bucket(params, index, self.rank, self.world_size, equal_rows=equal_rows))
         if len(held) < sum(len(bucket.params) for bucket in self._buckets):
             share_staging(self._buckets, IN_FLIGHT)
+
+    def _fill_state(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
+        for param in params:
+            if param not in self.state:
+                self.state[param] = new_state(param, group, self._mesh(param))
 
     def _equal_rows(self, param: Tensor) -> bool:
         return not is_gloo(self.process_group, param.device.type)
