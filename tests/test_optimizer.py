@@ -433,46 +433,6 @@ def test_staging_memory_does_not_grow_with_the_model(run_ranks) -> None:
     run_ranks(bounded_staging, 2)
 
 
-def round_trip() -> None:
-    mine, theirs = parameters(), parameters()
-    ours, plain = (
-        ZeroAdamW(mine, amsgrad=True, eps=1e-6, fused=False),
-        torch.optim.AdamW(theirs, amsgrad=True, eps=1e-6, fused=False),
-    )
-    for step in range(4):
-        set_gradients(step, mine, theirs)
-        ours.step()
-        plain.step()
-    again = ZeroAdamW(mine, lr=1.0, amsgrad=True, eps=1e-6, fused=False)
-    again.load_state_dict(ours.state_dict())
-    assert_same(again, plain)
-    from_plain = ZeroAdamW(mine, lr=1.0, amsgrad=True, eps=1e-6, fused=False)
-    saved = copy.deepcopy(plain.state_dict())
-    from_plain.load_state_dict(saved)
-    assert_same(from_plain, plain)
-    set_gradients(9, mine, theirs)
-    from_plain.step()
-    for key, state in plain.state_dict()["state"].items():  # the caller's dict is not trained on
-        assert all(torch.equal(value, saved["state"][key][name]) for name, value in state.items())
-    plain.step()
-    assert_same(from_plain, plain)
-    wrong = copy.deepcopy(saved)
-    wrong["state"][7]["exp_avg"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"exp_avg has shape \(3,\), its parameter has"):
-        from_plain.load_state_dict(wrong)
-    if dist.get_world_size() > 1:
-        alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
-        other_world = ZeroAdamW(parameters(), amsgrad=True, eps=1e-6, fused=False, process_group=alone)
-        with pytest.raises(ValueError, match="state of another number of ranks"):
-            from_plain.load_state_dict(other_world.state_dict())
-    assert_same(from_plain, plain)
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_its_own_state_dict_and_that_of_torch_can_be_loaded(run_ranks, world_size: int) -> None:
-    run_ranks(round_trip, world_size)
-
-
 def published_example(cls: type[torch.optim.Optimizer]) -> tuple[list[float], list[Tensor]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 1))

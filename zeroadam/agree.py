@@ -81,10 +81,14 @@ def describe_groups(groups: list[dict[str, Any]], first: int, defaults: dict[str
                 f"the values of {name} (wrap the model in DistributedDataParallel before building the optimizer, "
                 "or broadcast the parameters from one rank)"
             ] = f"hash {fingerprint(param):x}"
-        for key in defaults:
-            value = group[key]
-            manifest[f"{key} of group {index}"] = str(float(value) if isinstance(value, Tensor) else value)
+        manifest |= describe_hyperparameters(group, index, defaults)
     return manifest | values
+
+
+def describe_hyperparameters(group: dict[str, Any], index: int, defaults: dict[str, Any]) -> Manifest:
+    """The values in a param group of all keys that `defaults` has."""
+    values = {f"{key} of group {index}": group[key] for key in defaults}
+    return {entry: str(float(value) if isinstance(value, Tensor) else value) for entry, value in values.items()}
 
 
 def named(group: dict[str, Any], index: int) -> list[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""The two collectives of ZeRO over rows, one for each of W ranks: reduce-scatter and all-gather.
+"""The two collectives of ZeRO over rows, one for each of W ranks: reduce-scatter and all-gather; and a gather to one.
 
 gloo's own reduce-scatter is an all-reduce inside and its all-gather takes three times as long as the same bytes
 sent directly. So on gloo every rank sends each of the others its row, and sums of rows are taken here, in rank
@@ -19,7 +19,7 @@ TAG = 0x2E60
 
 def is_gloo(process_group: dist.ProcessGroup, device_type: str) -> bool:
     """Whether tensors on `device_type` travel by gloo in `process_group` (a group may have a backend per device)."""
-    backends = dict(entry.split(":") for entry in dist.get_backend_config(process_group).split(","))
+    backends = _backends(process_group)
     if device_type not in backends:
         raise ValueError(f"the process group has no backend for {device_type} tensors, only for {sorted(backends)}")
     return backends[device_type] == "gloo"
@@ -91,6 +91,36 @@ def sum_rows(own: Tensor, received: Sequence[Tensor], rank: int) -> Tensor:
     for source, row in enumerate(rows[1:], start=1):
         total = torch.add(total, row, out=own if source >= rank else total)
     return total
+
+
+def gather(piece: Tensor, pieces: Sequence[Tensor], to: int, process_group: dist.ProcessGroup) -> None:
+    """Copy the piece [c, ...] of each rank r to `pieces[r]` on rank `to`, of any strides and on the CPU. Waits for it.
+
+    No rank needs more memory for it than one piece.
+    """
+    rank = process_group.rank()
+    device = torch.device("cpu") if "cpu" in _backends(process_group) else piece.device
+    if rank != to:
+        works = [
+            process_group.send([message], to, TAG) for message in _messages(piece.to(device).contiguous().view(-1))
+        ]
+        for work in works:
+            work.wait()
+        return
+    for source, target in enumerate(pieces):
+        if source == rank:
+            target.copy_(piece)
+            continue
+        direct = target.is_contiguous() and device.type == "cpu"
+        received = target if direct else torch.empty(target.shape, dtype=target.dtype, device=device)
+        for message in _messages(received.view(-1)):
+            process_group.recv([message], source, TAG).wait()
+        if not direct:
+            target.copy_(received)
+
+
+def _backends(process_group: dist.ProcessGroup) -> dict[str, str]:
+    return dict(entry.split(":") for entry in dist.get_backend_config(process_group).split(","))
 
 
 def _exchange(

@@ -1,8 +1,8 @@
 """Adam and AdamW with their state cut across the ranks. Read `step` first."""
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from typing import Any, cast, overload
+from typing import Any, NoReturn, cast, overload
 
 import torch
 import torch.distributed as dist
@@ -21,12 +21,11 @@ from zeroadam.comm_hook import Reduction
 from zeroadam.guard import mark_held, summed_over
 from zeroadam.join import StepAlong, refuse_in_join
 from zeroadam.shard import shard
-from zeroadam.state import loaded_state, new_state
+from zeroadam.state import choose_kernel, new_state
+from zeroadam.state_dict import Loading, ShardedState, describe_state, empty_state, gather_state, prepare_loading
 
 # Buckets whose gather may be under way at once; each of them has staging memory of its own.
 IN_FLIGHT = 3
-# Device types for which torch has a fused Adam kernel.
-FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class ZeroAdam(torch.optim.Adam, Joinable):
@@ -100,6 +99,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         Joinable.__init__(self)
         # Not even for the fused kernel: GradScaler is to unscale gradients itself and step only if they are finite.
         self._step_supports_amp_scaling = False
+        self._whole_state: dict[Tensor, dict[str, Any]] | None = None  # after consolidate_state_dict, on one rank
         self._buckets: list[Bucket] = []
         self._hold(0)
 
@@ -132,6 +132,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
                 loss = closure()
 
         Join.notify_join_context(self)
+        self._whole_state = None
         self._shard_new_parameters()
         for bucket in self._buckets:
             bucket.check()
@@ -227,6 +228,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         except Exception:
             del self.param_groups[before:]
             raise
+        self._whole_state = None
         self._hold(before)
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
@@ -241,33 +243,96 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     def join_process_group(self) -> dist.ProcessGroup:
         return self.process_group
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in `torch.optim.Optimizer`: the very tensors of this rank's state. No communication.
+
+        For torch.distributed.checkpoint and `load_state_dict`. `torch.save` of it raises, as it would keep 1/W only.
+        On the rank to which `consolidate_state_dict` has gathered the state, it is plain and whole until the next step.
+        """
+        own = self.state
+        self.state = own if self._whole_state is None else defaultdict(dict, self._whole_state)
+        try:
+            state_dict = super().state_dict()
+        finally:
+            self.state = own
+        if self._whole_state is None:
+            state_dict["state"] = ShardedState(state_dict["state"])
+        return state_dict
+
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Gather the whole state in the CPU memory of one rank, whose `state_dict()` a plain Adam loads. A collective.
+
+        Until the next step, or until something is loaded or added. The other ranks need memory for a piece of one
+        parameter more, rank `to` for the whole state on the CPU.
+
+        Args:
+            to: the rank in the process group.
+
+        Raises:
+            ValueError: there is no such rank.
+            RuntimeError: rank `to` has too little memory; ranks that disagree on `to`; inside `Join`.
+        """
+        refuse_in_join(self, "consolidate_state_dict()")
+        if not 0 <= to < self.world_size:
+            raise ValueError(f"there is no rank {to} in a process group of {self.world_size}")
+        whole: dict[Tensor, dict[str, Any]] | None = None
+
+        def allocate() -> Manifest:
+            nonlocal whole
+            whole = empty_state(self) if self.rank == to else None
+            return {"the rank to gather the state to": str(to), **describe_state(self)}
+
+        self._whole_state = None
+        check_ranks_agree(self.process_group, allocate)
+        gather_state(self, whole, to)
+        self._whole_state = whole
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of another ZeroAdam of the same ranks or of a plain `torch.optim.Adam`.
+        """Take over the state of another ZeroAdam of the same ranks or of a plain `torch.optim.Adam`. A collective.
+
+        It is checked on every rank before any of it is copied, into the memory that the state has already. Of the
+        dict's tensors, which may be mapped from a file, no more than this rank's pieces are read.
 
         Args:
             state_dict: with this rank's DTensors, or with full tensors [d0, ...], of which this rank keeps [c, ...].
 
         Raises:
-            ValueError: it is of other parameters. The optimizer is as it was.
+            ValueError: it is of other parameters, shapes, dtypes, groups or ranks, or of another kind of optimizer.
+            RuntimeError: on the other ranks then; or the ranks' dicts differ in steps or hyper-parameters.
+                The optimizer is as it was.
         """
-        before = self.state, self.param_groups
+
+        # A hook, and the last one: hooks of the user may adapt the dict first.
+        def take_over(_: torch.optim.Optimizer, adapted: dict[str, Any]) -> dict[str, Any]:
+            loading: Loading | None = None
+
+            def prepare() -> Manifest:
+                nonlocal loading
+                loading = prepare_loading(self, adapted)
+                return loading.manifest
+
+            check_ranks_agree(self.process_group, prepare)
+            assert loading is not None
+            return loading.copy()
+
+        hook = self.register_load_state_dict_pre_hook(take_over)
         try:
             super().load_state_dict(state_dict)
-            for group in self.param_groups:
-                _choose_kernel(group)
-                for param in group["params"]:
-                    if param in self.state:
-                        self.state[param] = loaded_state(self.state[param], param, group, self._mesh(param))
-        except Exception:
-            self.state, self.param_groups = before
-            raise
-        for bucket in self._buckets:
-            self._fill_state(bucket.params, self.param_groups[bucket.group_index])
+        finally:
+            hook.remove()
+        self._whole_state = None
+
+    def __getstate__(self) -> NoReturn:
+        raise RuntimeError(
+            "a sharded optimizer cannot be pickled or copied, as a part of its state is on other ranks: "
+            "build another one and load this one's state_dict()"
+        )
 
     def _add_valid(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         check_supported(self.param_groups[-1], len(self.param_groups) - 1)
-        _choose_kernel(self.param_groups[-1])
+        choose_kernel(self.param_groups[-1])
 
     def _hold(self, first: int) -> None:
         """Take on the param groups from the `first`, which all ranks have agreed on."""
@@ -292,12 +357,13 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     def _fill_state(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
         for param in params:
             if param not in self.state:
-                self.state[param] = new_state(param, group, self._mesh(param))
+                self.state[param] = new_state(param, group, self.mesh(param))
 
     def _equal_rows(self, param: Tensor) -> bool:
         return not is_gloo(self.process_group, param.device.type)
 
-    def _mesh(self, param: Tensor) -> DeviceMesh:
+    def mesh(self, param: Tensor) -> DeviceMesh:
+        """The ranks of the process group, for DTensors where the parameter is."""
         kind = param.device.type
         if kind not in self._meshes:
             self._meshes[kind] = DeviceMesh.from_group(self.process_group, kind)
@@ -345,12 +411,6 @@ class ZeroAdamW(ZeroAdam):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for group in self.param_groups:  # as in torch: also for dicts that were saved before it had this key
             group["decoupled_weight_decay"] = True
-
-
-def _choose_kernel(group: dict[str, Any]) -> None:
-    """Make fused the default of a param group where torch has a kernel for all its parameters."""
-    if group["fused"] is None and group["foreach"] is None:
-        group["fused"] = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in group["params"])
 
 
 def _finish(bucket: Bucket, works: Sequence[dist.Work]) -> None:

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from zeroadam.shard import shard, shard_dim
+
+# Device types for which torch has a fused Adam kernel.
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def new_state(param: Tensor, group: dict[str, Any], mesh: DeviceMesh) -> dict[str, Tensor]:
@@ -19,49 +22,39 @@ def new_state(param: Tensor, group: dict[str, Any], mesh: DeviceMesh) -> dict[st
 
     Dtype and stride order are the parameter's.
     """
-    moments = ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if group["amsgrad"] else [])
-    piece = shard(param.detach(), mesh.size(), mesh.get_local_rank())
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=_step_device(param, group)),
-        **{name: to_dtensor(torch.zeros_like(piece), param, mesh) for name in moments},
-    }
+    return {"step": new_step(param, group), **{name: new_moment(param, mesh) for name in moments(group)}}
 
 
-def loaded_state(state: dict[str, Any], param: Tensor, group: dict[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """`state` [d0, ...] with its full tensors cut to this rank's piece; in memory of its own, not the caller's.
-
-    Raises:
-        ValueError: an entry has another shape than the parameter, or was cut over other ranks.
-    """
-    piece = shard(param.detach(), mesh.size(), mesh.get_local_rank())
-    loaded: dict[str, Any] = {}
-    for key, value in state.items():
-        if key == "step":
-            loaded[key] = value.clone().to(_step_device(param, group))
-            continue
-        if not isinstance(value, Tensor):
-            loaded[key] = value
-            continue
-        if value.shape != param.shape:
-            raise ValueError(f"{key} has shape {tuple(value.shape)}, its parameter has {tuple(param.shape)}")
-        mine = value.to_local() if isinstance(value, DTensor) else shard(value, mesh.size(), mesh.get_local_rank())
-        if mine.shape != piece.shape:
-            raise ValueError(
-                f"{key} holds {tuple(mine.shape)} on this rank, which owns {tuple(piece.shape)} of it: it is the state "
-                "of another number of ranks; load it with torch.distributed.checkpoint, which cuts it anew"
-            )
-        loaded[key] = to_dtensor(torch.empty_like(piece).copy_(mine), param, mesh)
-    return loaded
+def moments(group: dict[str, Any]) -> list[str]:
+    """Names of the moments that Adam keeps for the parameters of a param group."""
+    return ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if group["amsgrad"] else [])
 
 
-def _step_device(param: Tensor, group: dict[str, Any]) -> torch.device | str:
-    """Where torch's Adam has the step count: with the parameter for fused and capturable kernels, else on the CPU."""
-    return param.device if group["fused"] or group["capturable"] else "cpu"
+def new_step(param: Tensor, group: dict[str, Any], value: float = 0.0) -> Tensor:
+    """The count of steps [], where torch's Adam has it: with the parameter for fused and capturable kernels."""
+    device = param.device if group["fused"] or group["capturable"] else "cpu"
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
+def new_moment(param: Tensor, mesh: DeviceMesh) -> DTensor:
+    """Zeros [d0, ...], of which this rank holds [c, ...]."""
+    return to_dtensor(torch.zeros_like(shard(param.detach(), mesh.size(), mesh.get_local_rank())), param, mesh)
 
 
 def to_dtensor(piece: Tensor, param: Tensor, mesh: DeviceMesh) -> DTensor:
     """This rank's piece [c, ...] as part of a tensor of the parameter's shape [d0, ...]. No communication."""
-    dim = shard_dim(param.shape, mesh.size())
     stride = torch.empty_like(param, device="meta").stride()
-    placement = Replicate() if dim is None else Shard(dim)
-    return DTensor.from_local(piece, mesh, [placement], run_check=False, shape=param.shape, stride=stride)
+    placements = placements_of(param, mesh.size())
+    return DTensor.from_local(piece, mesh, placements, run_check=False, shape=param.shape, stride=stride)
+
+
+def placements_of(param: Tensor, world_size: int) -> tuple[Placement, ...]:
+    """How a parameter's state is cut, as DTensor says it."""
+    dim = shard_dim(param.shape, world_size)
+    return (Replicate() if dim is None else Shard(dim),)
+
+
+def choose_kernel(group: dict[str, Any]) -> None:
+    """Make fused the default of a param group where torch has a kernel for all its parameters."""
+    if group["fused"] is None and group["foreach"] is None:
+        group["fused"] = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in group["params"])

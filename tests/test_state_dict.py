@@ -1,0 +1,432 @@
+"""State dicts go back and forth between this optimizer and torch's own, to the bit; a misfit changes nothing."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_optimizer import assert_same, parameters, set_gradients
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+
+from zeroadam import ZeroAdam, ZeroAdamW
+
+OPTIONS: dict[str, Any] = {"amsgrad": True, "eps": 1e-6, "fused": False}
+
+
+def trained() -> tuple[ZeroAdamW, torch.optim.AdamW, list[nn.Parameter], list[nn.Parameter]]:
+    """The same four steps by ours and by torch's."""
+    mine, theirs = parameters(), parameters()
+    ours, plain = ZeroAdamW(mine, **OPTIONS), torch.optim.AdamW(theirs, **OPTIONS)
+    for step in range(4):
+        set_gradients(step, mine, theirs)
+        ours.step()
+        plain.step()
+    return ours, plain, mine, theirs
+
+
+def assert_goes_on(ours: ZeroAdam, plain: torch.optim.Optimizer) -> None:
+    """The next steps are the same as well."""
+    lists = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in (ours, plain)]
+    for step in range(20, 22):
+        set_gradients(step, *lists)
+        ours.step()
+        plain.step()
+    assert_same(ours, plain)
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> Any:
+    """A copy of this rank's state and of the param groups, as plain tensors and numbers."""
+    state = [
+        {k: v.to_local().clone() if isinstance(v, DTensor) else v.clone() for k, v in optimizer.state[p].items()}
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p in optimizer.state
+    ]
+    return state, [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+def back_and_forth(folder: str) -> None:
+    ours, plain, mine, _ = trained()
+    again = ZeroAdamW(mine, lr=1.0, **OPTIONS)
+    again.load_state_dict(ours.state_dict())
+    assert_same(again, plain)
+    again.load_state_dict(again.state_dict())
+    assert_same(again, plain)
+
+    if dist.get_rank() == 0:
+        torch.save(plain.state_dict(), f"{folder}/adamw.pt")
+    dist.barrier()
+    for saved in (copy.deepcopy(plain.state_dict()), torch.load(f"{folder}/adamw.pt", mmap=True)):
+        before = copy.deepcopy(saved)
+        from_plain = ZeroAdamW(mine, lr=1.0, **OPTIONS)
+        from_plain.load_state_dict(state_dict=saved)
+        assert_same(from_plain, plain)
+        assert equal(saved, before)
+    assert_goes_on(from_plain, plain)
+    assert equal(saved, before)  # and it has not been trained on
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_its_own_state_dict_and_that_of_torch_can_be_loaded(run_ranks, tmp_path: Path, world_size: int) -> None:
+    run_ranks(back_and_forth, world_size, str(tmp_path))
+
+
+def consolidated(to: int) -> bytes | None:
+    ours, plain, _, _ = trained()
+    ours.consolidate_state_dict(to)
+    if dist.get_rank() != to:
+        with pytest.raises(RuntimeError, match="the other ranks hold the rest"):
+            torch.save(ours.state_dict(), io.BytesIO())
+        ours.load_state_dict(ours.state_dict())
+        return None
+    file = io.BytesIO()
+    torch.save({"optimizer": ours.state_dict()}, file)
+    file.seek(0)
+    saved, expected = torch.load(file, weights_only=True)["optimizer"], plain.state_dict()
+    assert equal(saved, expected)
+    for key, entry in saved["state"].items():
+        for name, value in entry.items():
+            assert type(value) is Tensor
+            assert value.stride() == expected["state"][key][name].stride()
+    ours.load_state_dict(ours.state_dict())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_consolidated_it_is_the_state_dict_of_torch(run_ranks, world_size: int) -> None:
+    """0-d, empty, transposed and channels_last parameters included; and plain AdamW trains on from it."""
+    file = run_ranks(consolidated, world_size, world_size - 1)[-1]
+    run_ranks(plain_goes_on, 1, file)
+
+
+def plain_goes_on(file: bytes) -> None:
+    ours, _, _, theirs = trained()
+    plain = torch.optim.AdamW(theirs, lr=1.0, **OPTIONS)
+    plain.load_state_dict(torch.load(io.BytesIO(file), weights_only=True)["optimizer"])
+    assert_goes_on(ours, plain)
+
+
+def consolidation_ends() -> None:
+    ours, _, mine, _ = trained()
+    rank = dist.get_rank()
+
+    def is_whole() -> bool:
+        return not any(isinstance(value, DTensor) for value in ours.state_dict()["state"][5].values())
+
+    ours.consolidate_state_dict()
+    assert is_whole() == (rank == 0)
+    set_gradients(7, mine)
+    ours.step()
+    assert not is_whole()
+    ours.consolidate_state_dict(to=1)
+    assert is_whole() == (rank == 1)
+    ours.load_state_dict(ours.state_dict())
+    assert not is_whole()
+    ours.consolidate_state_dict()
+    ours.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert not is_whole()
+    with pytest.raises(ValueError, match="there is no rank 2 in a process group of 2"):
+        ours.consolidate_state_dict(2)
+    with pytest.raises(RuntimeError, match="disagree on the rank to gather the state to: 0 on rank 0; 1 on rank 1"):
+        ours.consolidate_state_dict(rank)
+
+
+def test_a_consolidated_state_dict_is_there_until_the_next_step(run_ranks) -> None:
+    run_ranks(consolidation_ends, 2)
+
+
+def full_by_torch() -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    lists = [list(model.parameters()) for model in models]
+    ours, plain = ZeroAdamW(lists[0], **OPTIONS), torch.optim.AdamW(lists[1], **OPTIONS)
+    set_gradients(0, *lists)
+    ours.step()
+    plain.step()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full = get_optimizer_state_dict(models[0], ours, options=options)
+    if dist.get_rank() == 0:
+        assert equal(full, get_optimizer_state_dict(models[1], plain))
+    else:
+        assert full == {}
+
+
+def test_torch_gathers_the_full_state_dict_as_well(run_ranks) -> None:
+    run_ranks(full_by_torch, 3)
+
+
+def not_for_saving() -> None:
+    """Alone and without communication: rank 1 does none of it."""
+    optimizer = ZeroAdamW([nn.Parameter(torch.ones(4, 4))])
+    if dist.get_rank() == 1:
+        return
+    message = r"torch\.distributed\.checkpoint\.save\(\).*consolidate_state_dict\(to=0\)"
+    state_dict = optimizer.state_dict()
+    for holder in (state_dict, {"optimizer": state_dict}, copy.deepcopy(state_dict), copy.copy(state_dict)):
+        with pytest.raises(RuntimeError, match=message):
+            torch.save(holder, io.BytesIO())
+    with pytest.raises(RuntimeError, match=message):
+        pickle.dumps(state_dict, protocol=5)
+    with pytest.raises(RuntimeError, match="cannot be pickled or copied"):
+        torch.save(optimizer, io.BytesIO())
+    with pytest.raises(RuntimeError, match="cannot be pickled or copied"):
+        copy.deepcopy(optimizer)
+    state_dict["state"][0]["exp_avg"].to_local().fill_(1.0)
+    copied = copy.deepcopy(optimizer.state_dict())
+    assert torch.equal(copied["state"][0]["exp_avg"].to_local(), torch.ones(2, 4))
+    copied["state"][0]["exp_avg"].to_local().zero_()
+    assert optimizer.state_dict()["state"][0]["exp_avg"].to_local().sum() == 8
+
+
+def test_a_part_of_the_state_is_not_saved_for_the_whole(run_ranks) -> None:
+    run_ranks(not_for_saving, 2)
+
+
+def without(entry: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda state_dict: state_dict["state"][1].pop(entry)
+
+
+def cast_back(state_dict: dict[str, Any]) -> None:
+    state_dict["state"][12]["exp_avg_sq"] = state_dict["state"][12]["exp_avg_sq"].float()
+
+
+def of_sgd(state_dict: dict[str, Any]) -> None:
+    params = parameters()
+    sgd = torch.optim.SGD([{"params": params[:9]}, {"params": params[9:]}], lr=0.1, momentum=0.9)
+    set_gradients(0, params)
+    sgd.step()
+    state_dict.clear()
+    state_dict.update(sgd.state_dict())
+
+
+MISFITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda d: d["param_groups"].pop(), "the state dict has 1 param groups, the optimizer has 2"),
+    (lambda d: d["param_groups"][1]["params"].pop(), "group 1 of the state dict has 6 parameters, .* has 7"),
+    (lambda d: d["param_groups"][0].pop("betas"), "group 0 of the state dict has no betas"),
+    (lambda d: d["param_groups"][0].update(differentiable=True), "differentiable=True is not supported"),
+    (without("step"), "the state of parameter a1 does not fit: it has no step"),
+    (without("exp_avg_sq"), "the state of parameter a1 does not fit: it has no exp_avg_sq"),
+    (without("max_exp_avg_sq"), "the state of parameter a1 does not fit: it has no max_exp_avg_sq"),
+    (
+        lambda d: d["state"][7].update(exp_avg=torch.zeros(3)),
+        r"exp_avg has shape \(3,\), the parameter has \(3, 4096\)",
+    ),
+    (cast_back, r"parameter a12 does not fit: exp_avg_sq is torch.float32, the parameter is torch.bfloat16"),
+    (lambda d: d["state"].update({99: {}}), "has state of 99, which is in none of its groups"),
+    (lambda d: d.pop("state"), "not the state dict of an optimizer: it has no 'state'"),
+    (of_sgd, "has no betas: it is of another kind of optimizer"),
+    (
+        lambda d: d["param_groups"][0]["param_names"].reverse(),
+        "group 0 .* has the parameters in another order, a8 first",
+    ),
+]
+
+
+def two_groups(cls: type[torch.optim.Optimizer], params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    names = [(f"a{i}", param) for i, param in enumerate(params)]
+    return cls([{"params": names[:9]}, {"params": names[9:], "lr": 0.5}], **OPTIONS)  # type: ignore[arg-type]
+
+
+def misfits() -> None:
+    mine, theirs = parameters(), parameters()
+    ours, plain = two_groups(ZeroAdamW, mine), two_groups(torch.optim.AdamW, theirs)
+    for step in range(2):
+        set_gradients(step, mine, theirs)
+        ours.step()
+        plain.step()
+    set_gradients(2, theirs)
+    plain.step()
+    before = snapshot(ours)
+    for edit, message in MISFITS:
+        for bad_ranks in ({0, 1}, {1}):
+            state_dict = copy.deepcopy(plain.state_dict())
+            expected = (ValueError, message)
+            if dist.get_rank() in bad_ranks:
+                edit(state_dict)
+            else:
+                expected = (RuntimeError, f"rank 1 of the process group failed: ValueError: .*{message}")
+            with pytest.raises(expected[0], match=expected[1]):
+                ours.load_state_dict(state_dict)
+            assert equal(snapshot(ours), before)
+    for key, value in {"lr": 0.25, "amsgrad": False, "fused": True}.items():
+        state_dict = copy.deepcopy(plain.state_dict())
+        state_dict["param_groups"][1][key] = value if dist.get_rank() == 1 else OPTIONS.get(key, 0.5)
+        with pytest.raises(RuntimeError, match=f"disagree on {key} of group 1: .* on rank 0; {value} on rank 1"):
+            ours.load_state_dict(state_dict)
+        assert equal(snapshot(ours), before)
+    state_dict = copy.deepcopy(plain.state_dict())
+    state_dict["state"][3]["step"] += dist.get_rank()
+    with pytest.raises(RuntimeError, match="the state of parameter a3: of step 3 on rank 0; of step 4 on rank 1"):
+        ours.load_state_dict(state_dict)
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    of_one = ZeroAdamW(parameters(), process_group=alone, **OPTIONS)
+    other = ZeroAdamW(parameters(), **OPTIONS)
+    with pytest.raises(
+        ValueError, match=r"is cut as \(Shard\(dim=0\),\) over 1 ranks, this optimizer cuts it as .* over 2"
+    ):
+        other.load_state_dict(of_one.state_dict())
+    assert equal(snapshot(ours), before)
+    ours.load_state_dict(plain.state_dict())
+    assert_same(ours, theirs_as_ours(plain, mine))
+
+
+def theirs_as_ours(plain: torch.optim.Optimizer, mine: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW over our parameters with the state of `plain`, whose parameters have gone one step further."""
+    other = two_groups(torch.optim.AdamW, mine)
+    other.load_state_dict(plain.state_dict())
+    return other
+
+
+def test_a_misfit_is_named_on_every_rank_and_changes_nothing(run_ranks) -> None:
+    run_ranks(misfits, 2)
+
+
+def options_survive() -> None:
+    """What is loaded decides over the kernel, where the step count lies, and which moments there are, as in torch."""
+    params = [nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(3))]
+    for saved_options in ({"fused": True}, {"foreach": True}, {"capturable": True}, {"amsgrad": True}, {}):
+        plain = torch.optim.AdamW(copy.deepcopy(params), **saved_options)
+        if not saved_options.get("capturable"):  # on the CPU such a one cannot step
+            set_gradients(0, plain.param_groups[0]["params"])
+            plain.step()
+        ours = ZeroAdamW(params, amsgrad=not saved_options.get("amsgrad"))
+        ours.load_state_dict(plain.state_dict())
+        for key, value in plain.param_groups[0].items():
+            if key != "params":
+                chosen = key == "fused" and not saved_options.keys() & {"foreach", "fused"}
+                assert ours.param_groups[0][key] == (True if chosen else value), key
+        for param in params:
+            assert ("max_exp_avg_sq" in ours.state[param]) == bool(saved_options.get("amsgrad"))
+            step = ours.state[param]["step"]
+            assert (step.device, step.dtype, step.shape) == (param.device, torch.float32, ())
+        if not saved_options.get("capturable"):
+            assert_same(ours, plain_over(params, plain))
+
+
+def plain_over(params: list[nn.Parameter], plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    other = torch.optim.AdamW(params)
+    other.load_state_dict(plain.state_dict())
+    return other
+
+
+def test_every_option_survives(run_ranks) -> None:
+    run_ranks(options_survive, 2)
+
+
+def fresh_and_frozen() -> None:
+    """A dict from before the first step resets the state; a parameter that was frozen there starts anew."""
+    params = [nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(3))]
+    ours = ZeroAdamW(params)
+    untouched = torch.optim.AdamW(copy.deepcopy(params)).state_dict()
+    set_gradients(0, params)
+    ours.step()
+    half = torch.optim.AdamW(copy.deepcopy(params))
+    half.param_groups[0]["params"][1].requires_grad_(False)
+    set_gradients(1, half.param_groups[0]["params"][:1])
+    half.step()
+    ours.load_state_dict(half.state_dict())
+    assert [float(ours.state[p]["step"]) for p in params] == [1, 0]
+    assert ours.state[params[0]]["exp_avg"].full_tensor().count_nonzero() > 0
+    assert ours.state[params[1]]["exp_avg"].full_tensor().count_nonzero() == 0
+    ours.load_state_dict(untouched)
+    assert [float(ours.state[p]["step"]) for p in params] == [0, 0]
+    assert not any(ours.state[p][key].full_tensor().any() for p in params for key in ("exp_avg", "exp_avg_sq"))
+
+
+def test_state_that_is_not_in_the_dict_starts_anew(run_ranks) -> None:
+    run_ranks(fresh_and_frozen, 2)
+
+
+def hooks() -> None:
+    """A user's hooks run as in torch: before loading they may adapt the dict, after it they see what was loaded."""
+    ours, plain, mine, _ = trained()
+    seen = []
+    other = ZeroAdamW(mine, **OPTIONS)
+    saved = plain.state_dict()
+    saved["state"] = {key + 100: entry for key, entry in saved["state"].items()}
+
+    def renumber(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {**state_dict, "state": {key - 100: entry for key, entry in state_dict["state"].items()}}
+
+    other.register_load_state_dict_pre_hook(renumber)
+    other.register_load_state_dict_post_hook(lambda o: seen.append(float(o.state[mine[0]]["step"])))
+    other.load_state_dict(saved)
+    assert seen == [4]
+    assert_same(other, plain)
+    other.register_state_dict_post_hook(lambda _, state_dict: state_dict.update(seen=len(state_dict["state"])))
+    assert other.state_dict()["seen"] == len(mine)
+    other.consolidate_state_dict()
+    assert other.state_dict()["seen"] == len(mine)
+    assert_same(ours, plain)
+
+
+def test_the_hooks_of_torch_are_called(run_ranks) -> None:
+    run_ranks(hooks, 2)
+
+
+MB = 2**20
+SLACK = 3 * MB
+
+
+def memory(key: str) -> int:
+    """Bytes: VmRSS now, or VmHWM, the most since the last `start_peak`."""
+    return (
+        int(next(line for line in Path("/proc/self/status").read_text().splitlines() if key in line).split()[1]) * 1024
+    )
+
+
+def start_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def peaks(folder: str) -> dict[str, int]:
+    """The most bytes above the start, for 2 parameters of 32 MB."""
+    params = [nn.Parameter(torch.zeros(4096, 2048)) for _ in range(2)]
+    optimizer = ZeroAdamW(params)
+    for param in params:  # touch the memory
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[param][key].to_local().fill_(1.0)
+    rank, result = dist.get_rank(), {}
+    dist.barrier()
+    start = start_peak()
+    optimizer.consolidate_state_dict()
+    result["consolidate"] = memory("VmHWM") - start
+    if rank == 0:
+        torch.save(optimizer.state_dict(), f"{folder}/adamw.pt")
+    dist.barrier()
+    optimizer._whole_state = None
+    start = start_peak()
+    saved = torch.load(f"{folder}/adamw.pt", mmap=True)
+    optimizer.load_state_dict(saved)
+    result["load"] = memory("VmHWM") - start
+    return result
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_memory_of_full_export_and_of_loading_a_plain_file(run_ranks, tmp_path: Path) -> None:
+    """Export: the state on rank 0 and no more than a parameter elsewhere. Loading: the mapped pages of the shard."""
+    whole, param, huge_page = 2 * 2 * 32 * MB, 32 * MB, 2 * MB
+    first, *others = run_ranks(peaks, 4, str(tmp_path))
+    assert first["consolidate"] <= whole + param + SLACK
+    assert all(other["consolidate"] <= param + SLACK for other in others)
+    # At both ends of each of the four pieces the kernel may map the whole of a huge page.
+    assert all(rank["load"] <= whole / 4 + 4 * 2 * huge_page + SLACK for rank in (first, *others))

@@ -1,0 +1,145 @@
+"""`load`: torch.distributed.checkpoint's, but all or nothing.
+
+Saving needs nothing of ours: the state is made of DTensors. Loading does, as torch's `load` reads into the live
+tensors: where a file turns out to be cut short, half of them are new by then; and it does not look at checksums.
+"""
+
+import io
+import math
+import os
+import zipfile
+from collections import Counter
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+
+from zeroadam.agree import Manifest, check_ranks_agree
+
+
+def load(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str],
+    process_group: dist.ProcessGroup | None = None,
+) -> None:
+    """`torch.distributed.checkpoint.load` that changes nothing if the checkpoint does not fit or is damaged.
+
+    A collective. Every rank reads 1/W of the files to compare checksums, and then what it needs of them.
+
+    Args:
+        state_dict: to load into, in place; of the structure that was saved. DTensors may have been cut otherwise.
+        checkpoint_id: a folder written by torch.distributed.checkpoint's FileSystemWriter, in its default format.
+        process_group: all ranks by default.
+
+    Raises:
+        ValueError or RuntimeError, on every rank: the folder holds no checkpoint, its files are missing, cut short or
+            damaged, an entry is missing or of another shape or dtype, or a param group holds other parameters.
+    """
+    plain = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()}
+    group = process_group or dist.group.WORLD
+    assert group is not None
+
+    def check() -> Manifest:
+        metadata = read_metadata(checkpoint_id)
+        check_files(checkpoint_id, metadata, part=group.rank(), parts=group.size())
+        _check_param_groups(plain, checkpoint_id, metadata)
+        return {"what is in the checkpoint (do all see the same folder?)": f"{len(metadata.storage_data)} entries"}
+
+    check_ranks_agree(group, check)
+    try:
+        dcp.load(state_dict, checkpoint_id=checkpoint_id, planner=_Strict(), process_group=process_group)
+    except CheckpointException as failed:  # which `except Exception` would not catch
+        rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
+        raise RuntimeError(f"{checkpoint_id} does not fit, says rank {rank}: {error}") from None
+
+
+def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
+    """What is in a checkpoint; raises ValueError if there is none in the folder or it cannot be read."""
+    if not (Path(folder) / ".metadata").is_file():
+        raise ValueError(f"{folder} holds no checkpoint of torch.distributed.checkpoint: it has no file .metadata")
+    try:
+        metadata = dcp.FileSystemReader(folder).read_metadata()
+        assert isinstance(metadata, Metadata)
+    except Exception as error:  # whatever a damaged pickle may lead to
+        raise ValueError(f"{folder}/.metadata is damaged: {error}") from None
+    if metadata.planner_data is None:
+        raise ValueError(f"{folder} was saved with flatten_state_dict=False, which is not supported")
+    return metadata
+
+
+def check_files(folder: str | os.PathLike[str], metadata: Metadata, *, part: int = 0, parts: int = 1) -> None:
+    """Compare the checksums of every `parts`-th entry of a checkpoint, from `part` on, with what is in its files.
+
+    Raises:
+        ValueError: a file is missing, cut short or damaged.
+    """
+    for index in sorted(metadata.storage_data, key=repr)[part::parts]:
+        is_tensor = isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata)
+        try:
+            entry = _entry(folder, metadata, index)
+            damaged = zipfile.ZipFile(entry).testzip()
+            entry.seek(0)
+            torch.load(entry, map_location="cpu", weights_only=is_tensor)  # checksums do not cover the zip headers
+        except Exception as error:  # whatever damaged headers may lead to
+            raise ValueError(f"{folder} is damaged, in {index.fqn}: {error}") from None
+        if damaged is not None:
+            raise ValueError(f"{folder} is damaged, in {index.fqn}: its checksum is wrong")
+
+
+def _entry(folder: str | os.PathLike[str], metadata: Metadata, index: MetadataIndex) -> io.BytesIO:
+    """What torch.save wrote for one piece of one tensor, or for one object."""
+    info = metadata.storage_data[index]
+    with (Path(folder) / info.relative_path).open("rb") as file:
+        file.seek(info.offset)
+        return io.BytesIO(file.read(info.length))
+
+
+def _check_param_groups(state_dict: dict[str, Any], folder: str | os.PathLike[str], metadata: Metadata) -> None:
+    """The params of each param group must be those in the checkpoint, or they would get others' hyper-parameters."""
+    for fqn, path in metadata.planner_data.items():
+        if path[-3:-2] != ("param_groups",) or path[-1] != "params" or not isinstance(path[-2], int):
+            continue
+        optimizer: Any = state_dict
+        try:
+            for key in path[:-3]:
+                optimizer = optimizer[key]
+            groups = optimizer["param_groups"]
+        except (KeyError, TypeError):  # not among what is being loaded
+            continue
+        if path[-2] >= len(groups):
+            raise ValueError(f"{folder} has more than the {len(groups)} param groups of the optimizer")
+        saved = torch.load(_entry(folder, metadata, MetadataIndex(fqn)), weights_only=True)
+        for theirs, ours in zip_longest(saved, groups[path[-2]]["params"], fillvalue="no parameter"):
+            if theirs != ours:
+                raise ValueError(f"group {path[-2]} in {folder} has {theirs} where that of the optimizer has {ours}")
+
+
+class _Strict(dcp.DefaultLoadPlanner):
+    """torch's planner looks for missing entries and other shapes; this one for other dtypes and gaps as well."""
+
+    def create_local_plan(self) -> LoadPlan:
+        plan = super().create_local_plan()
+        covered = Counter[str]()
+        for item in plan.items:
+            covered[item.dest_index.fqn] += math.prod(item.lengths)
+        assert self.metadata is not None
+        for fqn, value in self.state_dict.items():
+            saved = self.metadata.state_dict_metadata[fqn]
+            if not isinstance(value, Tensor) or not isinstance(saved, TensorStorageMetadata):
+                continue
+            if saved.properties.dtype != value.dtype:
+                raise ValueError(f"{fqn} is {saved.properties.dtype} in the checkpoint, here {value.dtype}")
+            numel = (value.to_local() if isinstance(value, DTensor) else value).numel()
+            if covered[fqn] != numel:
+                raise ValueError(f"the checkpoint has {covered[fqn]} elements of the {numel} of {fqn} that are needed")
+        return plan

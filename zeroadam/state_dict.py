@@ -1,0 +1,195 @@
+"""What `state_dict()` gives away and what `load_state_dict()` takes in.
+
+A rank's own state is 1/W of the optimizer's. Where this could be taken for the whole, there is an error; what is
+loaded is looked at to the end before any of it is copied, into the memory that the state has already.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from zeroadam.agree import Manifest, check_supported, describe_hyperparameters, named
+from zeroadam.collectives import gather
+from zeroadam.shard import shard
+from zeroadam.state import choose_kernel, moments, new_moment, new_step, placements_of
+
+if TYPE_CHECKING:
+    from zeroadam.optimizer import ZeroAdam
+
+# What a param group of a torch.optim.Adam has had from its first version on.
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
+
+
+class ShardedState(dict[Any, Any]):
+    """The entry "state" of a state dict, of which other ranks hold the rest: it is not for `torch.save`."""
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise RuntimeError(
+            "this is a part of the optimizer's state, the other ranks hold the rest: save with "
+            "torch.distributed.checkpoint.save() on all ranks; or, for one plain file, call "
+            "optimizer.consolidate_state_dict(to=0) on all ranks first, and torch.save() on rank 0"
+        )
+
+    def __copy__(self) -> "ShardedState":
+        return ShardedState(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedState":
+        return ShardedState((key, copy.deepcopy(value, memo)) for key, value in self.items())
+
+
+@dataclass
+class Loading:
+    """A state dict that has been found fit for an optimizer, and has changed nothing yet."""
+
+    state_dict: dict[str, Any]  # with the optimizer's own tensors for values
+    copies: list[tuple[Tensor, Tensor | None]]  # into them; None: zeros
+    manifest: Manifest  # what must be the same on every rank
+
+    def copy(self) -> dict[str, Any]:
+        for target, source in self.copies:
+            target.zero_() if source is None else target.copy_(source)
+        return self.state_dict
+
+
+def prepare_loading(optimizer: "ZeroAdam", state_dict: dict[str, Any]) -> Loading:
+    """Compare a state dict, with DTensors or full tensors [d0, ...], with what the optimizer holds.
+
+    Raises:
+        ValueError: it is of other param groups, parameters, shapes, dtypes or ranks, or not Adam's.
+    """
+    if missing := {"state", "param_groups"} - set(state_dict):
+        raise ValueError(f"this is not the state dict of an optimizer: it has no {missing.pop()!r}")
+    saved_groups, own_groups = state_dict["param_groups"], optimizer.param_groups
+    if len(saved_groups) != len(own_groups):
+        raise ValueError(f"the state dict has {len(saved_groups)} param groups, the optimizer has {len(own_groups)}")
+    loading = Loading({"state": {}, "param_groups": []}, [], {})
+    known = set()
+    for index, (saved, own) in enumerate(zip(saved_groups, own_groups, strict=True)):
+        group = _merged_group(saved, own, index, optimizer)
+        loading.state_dict["param_groups"].append({**group, "params": saved["params"]})
+        loading.manifest |= describe_hyperparameters(group, index, optimizer.defaults)
+        for (name, param), key in zip(named(own, index), saved["params"], strict=True):
+            known.add(key)
+            entry, held = state_dict["state"].get(key), optimizer.state.get(param, {})
+            if not entry and not held:  # frozen
+                continue
+            try:
+                loading.state_dict["state"][key] = _loaded_entry(optimizer, param, group, entry, held, loading.copies)
+            except ValueError as error:
+                raise ValueError(f"the state of {name} does not fit: {error}") from None
+            step = float(entry["step"]) if entry else 0
+            loading.manifest[f"the state of {name}"] = f"{'of' if entry else 'none, as before'} step {step:.0f}"
+    if unknown := set(state_dict["state"]) - known:
+        raise ValueError(f"the state dict has state of {sorted(map(str, unknown))[0]}, which is in none of its groups")
+    return loading
+
+
+def _merged_group(saved: dict[str, Any], own: dict[str, Any], index: int, optimizer: "ZeroAdam") -> dict[str, Any]:
+    """A loaded param group over this optimizer's parameters; what older versions of torch do not save stays ours."""
+    if len(saved["params"]) != len(own["params"]):
+        raise ValueError(
+            f"group {index} of the state dict has {len(saved['params'])} parameters, that of the optimizer has "
+            f"{len(own['params'])}"
+        )
+    for key in HYPERPARAMETERS:
+        if key not in saved:
+            raise ValueError(f"group {index} of the state dict has no {key}: it is of another kind of optimizer")
+    names, own_names = saved.get("param_names", ()), own.get("param_names", ())
+    if names != own_names and sorted(names) == sorted(own_names):
+        theirs, ours = next(pair for pair in zip(names, own_names, strict=True) if pair[0] != pair[1])
+        raise ValueError(f"group {index} of the state dict has the parameters in another order: {theirs} for {ours}")
+    defaults = {key: own[key] for key in optimizer.defaults}
+    group = {**defaults, **copy.deepcopy({**saved, "params": None}), "params": own["params"]}
+    choose_kernel(group)
+    check_supported(group, index)
+    return group
+
+
+def _loaded_entry(
+    optimizer: "ZeroAdam",
+    param: Tensor,
+    group: dict[str, Any],
+    entry: dict[str, Any] | None,
+    held: dict[str, Any],
+    copies: list[tuple[Tensor, Tensor | None]],
+) -> dict[str, Any]:
+    """The state of one parameter after loading; what is still to be copied into it is appended to `copies`."""
+    names = moments(group)
+    if entry:
+        if missing := [name for name in ("step", *names) if name not in entry]:
+            raise ValueError(f"it has no {missing[0]}")
+        names += [name for name in entry if name not in names and name != "step"]
+    result: dict[str, Any] = {"step": new_step(param, group, float(entry["step"]) if entry else 0)}
+    for name in names:
+        value = entry[name] if entry else None
+        if entry and not isinstance(value, Tensor):  # somebody's own
+            result[name] = value
+            continue
+        source = None if value is None else _piece(name, value, param, optimizer)
+        result[name] = held[name] if isinstance(held.get(name), DTensor) else new_moment(param, optimizer.mesh(param))
+        copies.append((result[name].to_local(), source))
+    return result
+
+
+def _piece(name: str, value: Tensor, param: Tensor, optimizer: "ZeroAdam") -> Tensor:
+    """This rank's piece of a loaded tensor: [d0, ...] -> [c, ...], a view."""
+    if value.shape != param.shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, the parameter has {tuple(param.shape)}")
+    if value.dtype != param.dtype:
+        raise ValueError(f"{name} is {value.dtype}, the parameter is {param.dtype}")
+    if isinstance(value, DTensor) and value.placements != (Replicate(),) * value.device_mesh.ndim:
+        wanted = placements_of(param, optimizer.world_size)
+        if value.placements != wanted or value.device_mesh.size() != optimizer.world_size:
+            raise ValueError(
+                f"{name} is cut as {value.placements} over {value.device_mesh.size()} ranks, this optimizer cuts it as "
+                f"{wanted} over {optimizer.world_size}: load it with torch.distributed.checkpoint, which cuts it anew"
+            )
+        return value.to_local()
+    full = value.to_local() if isinstance(value, DTensor) else value
+    return shard(full, optimizer.world_size, optimizer.rank)
+
+
+def empty_state(optimizer: "ZeroAdam") -> dict[Tensor, dict[str, Any]]:
+    """Room on the CPU for the whole state as torch's Adam has it: [d0, ...], in the parameter's stride order."""
+    whole: dict[Tensor, dict[str, Any]] = {}
+    for param, key, value in _entries(optimizer):
+        if isinstance(value, DTensor):
+            value = torch.empty_like(param, dtype=value.dtype, device="cpu")
+        elif isinstance(value, Tensor):
+            value = torch.empty_like(value, device="cpu")
+        whole.setdefault(param, {})[key] = value
+    return whole
+
+
+def gather_state(optimizer: "ZeroAdam", whole: dict[Tensor, dict[str, Any]] | None, to: int) -> None:
+    """Fill `whole` on rank `to`, where the others have None. A collective, one tensor at a time."""
+    for param, key, value in _entries(optimizer):
+        target = whole[param][key] if whole is not None else None
+        if isinstance(value, DTensor) and param.dim() > 0:
+            pieces = (
+                [] if target is None else [shard(target, optimizer.world_size, r) for r in range(optimizer.world_size)]
+            )
+            gather(value.to_local(), pieces, to, optimizer.process_group)
+        elif target is not None and isinstance(value, Tensor):  # which every rank has
+            target.copy_(value.to_local() if isinstance(value, DTensor) else value)
+
+
+def describe_state(optimizer: "ZeroAdam") -> Manifest:
+    """What must be the same on every rank for the state to be gathered."""
+    manifest = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for name, param in named(group, index):
+            manifest[f"the state of {name}"] = str(sorted(optimizer.state.get(param, {})))
+    return manifest
+
+
+def _entries(optimizer: "ZeroAdam") -> list[tuple[Tensor, str, Any]]:
+    """(parameter, name, value) of all state, in the same order on every rank."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return [
+        (p, key, optimizer.state[p][key]) for p in params if p in optimizer.state for key in sorted(optimizer.state[p])
+    ]
