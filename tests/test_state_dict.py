@@ -235,7 +235,7 @@ MISFITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (of_sgd, "has no betas: it is of another kind of optimizer"),
     (
         lambda d: d["param_groups"][0]["param_names"].reverse(),
-        "group 0 .* has the parameters in another order, a8 first",
+        "group 0 .* has the parameters in another order: a8 for a0",
     ),
 ]
 

@@ -1,0 +1,298 @@
+"""Checkpoints of torch.distributed.checkpoint: any number of ranks, other libraries' optimizers, damaged files."""
+
+import copy
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from test_optimizer import assert_same, parameters, set_gradients
+from test_state_dict import MB, SLACK, assert_goes_on, equal, memory, snapshot, start_peak, trained
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from zeroadam import ZeroAdamW, checkpoint
+
+WORLD_SIZES = [1, 2, 3, 4, 6]
+OPTIONS: dict[str, Any] = {"amsgrad": True, "eps": 1e-6, "fused": False}
+
+
+def application(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optim": optimizer_state}
+
+
+def save(folder: str) -> None:
+    ours, _, mine, _ = trained()
+    dcp.save({"optimizer": ours}, checkpoint_id=f"{folder}/direct")
+    dcp.save(application(nn.ParameterList(mine), ours), checkpoint_id=f"{folder}/by name")
+    future = dcp.async_save({"optimizer": ours.state_dict()}, checkpoint_id=f"{folder}/async")
+    set_gradients(9, mine)
+    ours.step()  # which the copy being saved does not see
+    future.result()
+
+
+def load(folder: str, roads: dict[str, Callable[..., None]]) -> None:
+    _, plain, _, theirs = trained()
+    for kind, road in roads.items():
+        mine = parameters()
+        with torch.no_grad():
+            for p in mine:
+                p.zero_()
+        ours, model = ZeroAdamW(mine, lr=1.0, **OPTIONS), nn.ParameterList(mine)
+        if kind == "by name":
+            state = application(model, ours)
+            road(state, checkpoint_id=f"{folder}/{kind}")
+            set_state_dict(model, ours, model_state_dict=state["model"], optim_state_dict=state["optim"])
+        else:
+            with torch.no_grad():
+                for p, q in zip(mine, theirs, strict=True):
+                    p.copy_(q)
+            road({"optimizer": ours}, checkpoint_id=f"{folder}/{kind}")
+        assert_same(ours, plain)
+    assert_goes_on(ours, plain)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_saved_at_any_number_of_ranks_and_loaded_at_any_other(run_ranks, tmp_path: Path, world_size: int) -> None:
+    run_ranks(save, world_size, str(tmp_path))
+    for other in WORLD_SIZES:
+        run_ranks(load, other, str(tmp_path), {"by name": checkpoint.load})
+    following = WORLD_SIZES[WORLD_SIZES.index(world_size) - 1]
+    run_ranks(load, following, str(tmp_path), {"direct": dcp.load, "async": checkpoint.load, "by name": dcp.load})
+
+
+def count_io(what: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes that this process reads and writes meanwhile."""
+
+    def counts() -> list[int]:
+        return [int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines()[:2]]
+
+    before = counts()
+    what()
+    read, written = (after - b for after, b in zip(counts(), before, strict=True))
+    return read, written
+
+
+def shares(folder: str) -> list[int]:
+    params = [nn.Parameter(torch.zeros(1024, 1024)) for _ in range(4)]
+    optimizer = ZeroAdamW(params)
+    for param in params:
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[param][key].to_local().fill_(1.0)
+    dist.barrier()
+    start = start_peak()
+    _, written = count_io(lambda: dcp.save(optimizer.state_dict(), checkpoint_id=folder))
+    saving = memory("VmHWM") - start
+    state_dict = optimizer.state_dict()
+    dcp.load(state_dict, checkpoint_id=folder)  # reads torch's own modules as well
+    start = start_peak()
+    read, _ = count_io(lambda: dcp.load(state_dict, checkpoint_id=folder))
+    optimizer.load_state_dict(state_dict)
+    return [written, read, saving, memory("VmHWM") - start]
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="bytes are counted by Linux's /proc")
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_rank_writes_and_reads_its_share_in_a_bounded_buffer(run_ranks, tmp_path: Path, world_size: int) -> None:
+    """32 MB of state: a rank's share to 2 %, and memory for at most two of the pieces in it (torch copies to write)."""
+    share, piece = 32 * MB // world_size, 4 * MB // world_size
+    for written, read, saving, loading in run_ranks(shares, world_size, str(tmp_path / "checkpoint")):
+        assert written == pytest.approx(share, rel=0.02)
+        assert share <= read <= share + 8 * 2**16  # torch looks through the last 64 KB of every piece for its directory
+        assert saving <= 2 * piece + SLACK
+        assert loading <= 2 * piece + SLACK
+
+
+class Net(nn.Module):
+    """Layers that FSDP2 shards unevenly, a tied weight, a buffer, a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.first, self.second = nn.Embedding(13, 6), nn.Linear(6, 7), nn.Linear(7, 6)
+        self.norm, self.head = nn.BatchNorm1d(6), nn.Linear(6, 13, bias=False)
+        self.head.weight = self.embed.weight
+        self.frozen = nn.Linear(6, 6)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.second(self.first(self.embed(tokens)).relu())
+        return self.head(self.norm(self.frozen(x)))
+
+
+def build(kind: str, lr: float = 1e-2) -> tuple[nn.Module, torch.optim.Optimizer]:
+    net = Net()
+    if kind == "fsdp2":
+        for layer in (net.first, net.second):
+            fully_shard(layer)
+        fully_shard(net)
+    model = net if kind == "fsdp2" else DistributedDataParallel(net, find_unused_parameters=True)
+    decayed = [p for p in model.parameters() if p.dim() > 1 and p.requires_grad]
+    others = [p for p in model.parameters() if p.dim() == 1 and p.requires_grad]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0, "lr": lr / 2}]
+    cls = ZeroAdamW if kind == "zeroadam" else torch.optim.AdamW
+    return model, cls(groups, lr=lr, foreach=True)
+
+
+def full(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int) -> dict[str, Any]:
+    """Three steps on the same gradients for every kind; then everything in full."""
+    for step in range(first, first + 3):
+        generator = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            grad = torch.randn(p.shape, generator=generator)
+            if isinstance(p, DTensor):
+                chunk = -(-p.shape[0] // dist.get_world_size())
+                piece = grad[dist.get_rank() * chunk : (dist.get_rank() + 1) * chunk]
+                grad = torch.zeros_like(p)
+                grad.to_local().copy_(piece)
+            p.grad = grad if p.requires_grad else None
+        optimizer.step()
+    app = application(model, optimizer)
+    return {
+        "model": {k: full(v).clone() for k, v in app["model"].items()},
+        "state": {k: {n: full(v).clone() for n, v in s.items()} for k, s in app["optim"]["state"].items()},
+        "groups": app["optim"]["param_groups"],
+    }
+
+
+def write_with(kind: str, folder: str) -> dict[str, Any]:
+    model, optimizer = build(kind)
+    steps(model, optimizer, 0)
+    dcp.save(application(model, optimizer), checkpoint_id=folder)
+    return steps(model, optimizer, 3)
+
+
+def read_with(kind: str, folder: str, road: str) -> dict[str, Any]:
+    model, optimizer = build(kind, lr=1.0)
+    state = application(model, optimizer)
+    (checkpoint.load if road == "ours" else dcp.load)(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+    return steps(model, optimizer, 3)
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [("zeroadam", "zeroadam"), ("zeroadam", "ddp"), ("zeroadam", "fsdp2"), ("ddp", "zeroadam"), ("fsdp2", "zeroadam")],
+)
+def test_exchange_with_ddp_and_fsdp2(run_ranks, tmp_path: Path, writer: str, reader: str) -> None:
+    """Written by one at two ranks, read by another at three, which then trains on as the first one did."""
+    expected = run_ranks(write_with, 2, writer, f"{tmp_path}/checkpoint")[0]
+    for road in ("torch's", "ours"):
+        for found in run_ranks(read_with, 3, reader, f"{tmp_path}/checkpoint", road):
+            assert equal(found, expected)
+
+
+def save_small(folder: str, cast: bool = False, groups: int = 2) -> None:
+    model, optimizer = small(cast, groups)
+    set_gradients(0, list(model.parameters()))
+    optimizer.step()
+    dcp.save(application(model, optimizer), checkpoint_id=folder)
+
+
+def small(cast: bool = False, groups: int = 2, width: int = 6, without: int = 0) -> tuple[nn.Module, ZeroAdamW]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, width), nn.Linear(width, 4))
+    if cast:
+        model.to(torch.bfloat16)
+    return model, ZeroAdamW([{"params": list(model.parameters())[i::groups]} for i in range(groups - without)])
+
+
+def everything(model: nn.Module, optimizer: ZeroAdamW) -> Any:
+    return copy.deepcopy(model.state_dict()), snapshot(optimizer)
+
+
+def refused(folder: str, message: str, options: dict[str, Any]) -> None:
+    model, optimizer = small(**options)
+    before = everything(model, optimizer)
+    state = application(model, optimizer)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        checkpoint.load(state, checkpoint_id=folder)
+    assert equal(everything(model, optimizer), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 7}, "does not fit, says rank 0: Size mismatch .* for model.0.weight"),
+        ({"cast": True}, "torch.float32 in the checkpoint, here torch.bfloat16"),
+        ({"groups": 1}, "group 0 in .* has 1.weight where that of the optimizer has 0.bias"),
+        ({"without": 1}, "more than the 1 param groups of the optimizer"),
+        ({"groups": 3}, "group 0 in .* has 1.weight where that of the optimizer has 1.bias"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_something_else_is_refused(run_ranks, tmp_path: Path, options: Any, message: str) -> None:
+    run_ranks(save_small, 3, f"{tmp_path}/checkpoint")
+    run_ranks(refused, 2, f"{tmp_path}/checkpoint", message, options)
+
+
+def test_a_folder_without_checkpoint_is_refused(run_ranks, tmp_path: Path) -> None:
+    run_ranks(refused, 2, str(tmp_path), "holds no checkpoint", {})
+
+
+def damaged(folder: str) -> tuple[int, int]:
+    """(refused, loaded) of many copies with one flipped bit, or cut short; the numbers are never other ones."""
+    logging_off()
+    model, optimizer = small()
+    good = application(model, optimizer)
+    before = everything(model, optimizer)
+    checkpoint.load(good, checkpoint_id=folder)
+    wanted = everything(model, optimizer)
+    assert not equal(before, wanted)
+    counts = [0, 0]
+    generator = random.Random(0)
+    files = sorted(file.name for file in Path(folder).iterdir())
+    for trial in range(90):
+        name, cut, where = generator.choice(files), trial % 3 == 0, generator.random()
+        bad = f"{folder} {trial}"
+        if dist.get_rank() == 0:
+            shutil.copytree(folder, bad)
+            raw = bytearray(Path(bad, name).read_bytes())
+            position = int(where * len(raw))
+            if cut:
+                del raw[position:]
+            else:
+                raw[position] ^= 1 << generator.randrange(8)
+            Path(bad, name).write_bytes(raw)
+        else:
+            generator.randrange(8) if not cut else None
+        dist.barrier()
+        model, optimizer = small()
+        try:
+            checkpoint.load(application(model, optimizer), checkpoint_id=bad)
+            counts[1] += 1
+            assert not cut
+            assert equal(everything(model, optimizer)[0], wanted[0])
+            assert equal(everything(model, optimizer)[1][0], wanted[1][0])
+        except (ValueError, RuntimeError):
+            counts[0] += 1
+            assert equal(everything(model, optimizer), before)
+    return counts[0], counts[1]
+
+
+def logging_off() -> None:
+    """torch logs every failing load, with tracebacks."""
+    import logging
+
+    logging.disable(logging.CRITICAL)
+
+
+def test_damaged_files_are_refused_and_change_nothing(run_ranks, tmp_path: Path) -> None:
+    """Of flipped bits, those are let pass that change no number: in padding, or in fields that nobody reads."""
+    run_ranks(save_small, 2, f"{tmp_path}/checkpoint")
+    for refused_copies, loaded in run_ranks(damaged, 2, f"{tmp_path}/checkpoint"):
+        assert refused_copies >= 45
+        assert loaded <= 45
