@@ -2,14 +2,17 @@
 
     torchrun --standalone --nproc_per_node=2 launch/train.py
     torchrun --standalone --nproc_per_node=2 launch/train.py --optimizer adamw --data ~/books --plot loss.png
+    torchrun --standalone --nproc_per_node=2 --max-restarts=9 launch/train.py --checkpoint-dir checkpoints
 
-By default the text is the source of Python's standard library on this machine, so nothing is downloaded.
+With --checkpoint-dir the same command goes on where the last one stopped, on any number of ranks. By default the text
+is the source of Python's standard library on this machine, so nothing is downloaded.
 """
 
 import argparse
 import io
 import math
 import os
+import random
 import resource
 import signal
 import statistics
@@ -23,11 +26,13 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from checkpoints import Checkpoints, Progress, Run
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
 
 from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
 
@@ -95,9 +100,9 @@ def read_text(path: Path) -> Tensor:
     return torch.frombuffer(text[:MAX_TEXT_BYTES], dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
 
 
-def batch(text: Tensor, size: int, context: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Random windows of the text: [size, context + 1] int64."""
-    starts = torch.randint(len(text) - context, (size,), generator=generator)
+def batch(text: Tensor, numbers: range, context: int, seed: int, device: torch.device) -> Tensor:
+    """Windows of the text, each at a random place that its number and the seed decide: [len(numbers), context + 1]."""
+    starts = [random.Random(f"{seed} {number}").randrange(len(text) - context) for number in numbers]
     return torch.stack([text[start : start + context + 1] for start in starts]).long().to(device)
 
 
@@ -109,10 +114,9 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 @torch.no_grad()
 def held_out_loss(model: GPT, text: Tensor, args: argparse.Namespace, device: torch.device) -> float:
     """Over the same windows every time, other ones on every rank, averaged over the ranks."""
-    generator = torch.Generator().manual_seed(RANK)
-    losses = [
-        loss_of(model, batch(text, args.batch_size, args.context, generator, device)) for _ in range(args.eval_batches)
-    ]
+    first, size = RANK * args.eval_batches, args.batch_size
+    numbers = [range(index * size, (index + 1) * size) for index in range(first, first + args.eval_batches)]
+    losses = [loss_of(model, batch(text, part, args.context, args.seed, device)) for part in numbers]
     mean = torch.stack(losses).mean()
     dist.all_reduce(mean)
     return mean.item() / dist.get_world_size()
@@ -168,6 +172,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--eval-batches", type=int, default=8, help="per rank")
     add("--sample", type=int, default=200, help="bytes of text to generate at the end")
     add("--seed", type=int, default=0)
+    add("--checkpoint-dir", type=Path, metavar="DIR", help="save and resume here; shared by all hosts")
+    add("--checkpoint-every", type=int, default=100, help="steps; and at the end")
+    add("--checkpoint-keep", type=int, default=2, help="how many of the newest stay")
+    add(
+        "--resume",
+        default="newest",
+        metavar="newest|none|DIR",
+        help="the newest in --checkpoint-dir, if any, or this one",
+    )
     add("--plot", type=Path, metavar="FILE.png", help="draw the loss and the optimizer's bytes")
     add("--tensorboard", type=Path, metavar="DIR", help="log to TensorBoard")
     args = parser.parse_args()
@@ -181,6 +194,8 @@ def parse_arguments() -> argparse.Namespace:
         "heads",
         "eval_every",
         "eval_batches",
+        "checkpoint_every",
+        "checkpoint_keep",
     ):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -188,6 +203,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--width {args.width} is not a multiple of --heads {args.heads}")
     if args.hook != "none" and args.optimizer != "zeroadam":
         parser.error(f"--hook {args.hook} works with --optimizer zeroadam only")
+    if args.optimizer == "zero_redundancy" and (args.checkpoint_dir or args.resume not in ("newest", "none")):
+        parser.error("torch.distributed.checkpoint cannot save the state of --optimizer zero_redundancy")
     if not args.data.exists():
         parser.error(f"--data {args.data} does not exist")
     if args.plot and not args.plot.resolve().parent.is_dir():
@@ -202,15 +219,15 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def draw(args: argparse.Namespace, losses: list[float], held_out: dict[int, float], held: list[int], full: int) -> None:
+def draw(args: argparse.Namespace, done: Progress, held: list[int], full: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), width_ratios=[2, 1], layout="constrained")
-    left.plot(range(1, len(losses) + 1), losses, linewidth=1, alpha=0.6, label="training")
-    left.plot(list(held_out), list(held_out.values()), marker="o", label="held out")
+    left.plot(range(1, len(done.losses) + 1), done.losses, linewidth=1, alpha=0.6, label="training")
+    left.plot(*zip(*done.held_out, strict=True), marker="o", label="held out")
     left.set(xlabel="step", ylabel="loss, nats per byte", title=f"{args.optimizer} on {len(held)} ranks")
     left.legend()
     bars = right.bar(["AdamW", *(f"rank {rank}" for rank in range(len(held)))], [b / 2**20 for b in (full, *held)])
@@ -243,8 +260,14 @@ def train(args: argparse.Namespace) -> None:
         progress = (step - args.warmup) / max(1, args.steps - args.warmup)
         return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    data = torch.Generator().manual_seed(args.seed * world_size + RANK + 1)
+    run = Run(model, optimizer, LambdaLR(optimizer, factor))
+    checkpoints = Checkpoints(args.checkpoint_dir, args.checkpoint_keep) if args.checkpoint_dir else None
+    if args.resume != "none":
+        newest = checkpoints.newest_first() if checkpoints is not None else []
+        run.resume(newest if args.resume == "newest" else [Path(args.resume)])
+    done = run.progress
+    if checkpoints is not None:
+        checkpoints.set_aside(done.step)
     writer = None
     if args.tensorboard and RANK == 0:
         from torch.utils.tensorboard import SummaryWriter
@@ -257,17 +280,20 @@ def train(args: argparse.Namespace) -> None:
         numel = sum(p.numel() for p in gpt.parameters())
         print(f"{numel / 1e6:.1f} M parameters, {world_size} ranks, {len(args.text) / 1e6:.1f} MB of {args.data}")
         interval = 0.1 if sys.stderr.isatty() else 10  # a log file should not get a line per step
-        progress = tqdm(total=args.steps, unit="step", dynamic_ncols=True, mininterval=interval)
+        progress = tqdm(initial=done.step, total=args.steps, unit="step", dynamic_ncols=True, mininterval=interval)
 
-    losses, seconds = [], []
-    held_out = {0: held_out_loss(gpt, held_out_text, args, device)}
-    tokens_per_step = args.batch_size * args.context * args.grad_accum * world_size
-    for step in range(1, args.steps + 1):
+    seconds = []
+    if done.step == 0:
+        done.held_out.append((0, held_out_loss(gpt, held_out_text, args, device)))
+    sequences_per_step = args.batch_size * args.grad_accum * world_size
+    for step in range(done.step + 1, args.steps + 1):
         start = time.perf_counter()
         loss = torch.zeros((), device=device)
         for micro in range(args.grad_accum):
             with nullcontext() if micro == args.grad_accum - 1 else model.no_sync():
-                part = loss_of(model, batch(train_text, args.batch_size, args.context, data, device)) / args.grad_accum
+                first = done.sequences + (micro * world_size + RANK) * args.batch_size
+                numbers = range(first, first + args.batch_size)
+                part = loss_of(model, batch(train_text, numbers, args.context, args.seed, device)) / args.grad_accum
                 part.backward()
             loss += part.detach()
         if args.hook == "none":
@@ -275,63 +301,62 @@ def train(args: argparse.Namespace) -> None:
         else:
             optimizer.clip_grad_norm_(args.clip)
         optimizer.step()
-        schedule.step()
+        run.schedule.step()
         optimizer.zero_grad()
         dist.all_reduce(loss)
-        losses.append(loss.item() / world_size)
+        done.step, done.sequences = step, done.sequences + sequences_per_step
+        done.losses.append(loss.item() / world_size)
         seconds.append(time.perf_counter() - start)
         if step % args.eval_every == 0 or step == args.steps:
-            held_out[step] = held_out_loss(gpt, held_out_text, args, device)
+            done.held_out.append((step, held_out_loss(gpt, held_out_text, args, device)))
+        if checkpoints is not None and (step % args.checkpoint_every == 0 or step == args.steps):
+            checkpoints.save(step, run.state_dict())
         if progress is not None:
-            rate = tokens_per_step / seconds[-1]
-            state = f"loss {losses[-1]:.3f}, {rate:,.0f} tokens/s, {1000 * seconds[-1]:.0f} ms/step"
+            rate = sequences_per_step * args.context / seconds[-1]
+            state = f"loss {done.losses[-1]:.3f}, {rate:,.0f} tokens/s, {1000 * seconds[-1]:.0f} ms/step"
             progress.set_postfix_str(state, refresh=False)
             progress.update()
         if writer is not None:
-            writer.add_scalar("loss/training", losses[-1], step)
+            writer.add_scalar("loss/training", done.losses[-1], step)
             writer.add_scalar("seconds per step", seconds[-1], step)
-            if step in held_out:
-                writer.add_scalar("loss/held out", held_out[step], step)
+            if done.held_out[-1][0] == step:
+                writer.add_scalar("loss/held out", done.held_out[-1][1], step)
 
+    if checkpoints is not None:
+        checkpoints.finish()
     per_rank: list[tuple[int, int]] = [(0, 0)] * world_size
     dist.all_gather_object(per_rank, (state_bytes(optimizer), peak_bytes(device)))
     if progress is not None:
         progress.close()
-        report(args, losses, held_out, seconds, per_rank)
+        report(args, done, seconds, per_rank)
         prompt = b"def "
         print(f"\n{gpt.sample(prompt, args.sample, torch.Generator().manual_seed(args.seed))}")
         if writer is not None:
             writer.close()
         if args.plot:
             full = sum(2 * p.nbytes for p in gpt.parameters())
-            draw(args, losses, held_out, [state for state, _ in per_rank], full)
+            draw(args, done, [state for state, _ in per_rank], full)
             print(f"\nwrote {args.plot}")
     # torch can deadlock (pytorch#56297) when a gloo group goes away while one of its threads, just done with a
     # collective, waits for the interpreter's lock to free its tensors. Sleeping lets them finish.
     time.sleep(0.2)
     dist.destroy_process_group()
+    if checkpoints is not None and checkpoints.error:
+        sys.exit(1)  # the last one, which has been reported
 
 
-def report(
-    args: argparse.Namespace,
-    losses: list[float],
-    held_out: dict[int, float],
-    seconds: list[float],
-    per_rank: list[tuple[int, int]],
-) -> None:
+def report(args: argparse.Namespace, done: Progress, seconds: list[float], per_rank: list[tuple[int, int]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title=f"{args.optimizer}, {args.steps} steps on {len(per_rank)} ranks", caption="a line for each rank"
-    )
+    table = Table(title=f"{args.optimizer}, {done.step} steps on {len(per_rank)} ranks", caption="a line for each rank")
     for column in ("loss", "held out,\nbefore", "held out,\nafter", "s/step,\nmedian", "state,\nbytes", "peak\nmemory"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_row(
-        f"{losses[-1]:.8f}",
-        f"{held_out[0]:.8f}",
-        f"{held_out[args.steps]:.8f}",
-        f"{statistics.median(seconds):.3f}",
+        f"{done.losses[-1]:.8f}",
+        f"{done.held_out[0][1]:.8f}",
+        f"{done.held_out[-1][1]:.8f}",
+        f"{statistics.median(seconds):.3f}" if seconds else "-",
         "\n".join(f"{state:,}" for state, _ in per_rank),
         "\n".join(f"{peak / 2**20:.0f} MiB" for _, peak in per_rank),
     )

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from zeroadam.checkpoint import check_files, read_metadata
+from zeroadam.checkpoint import check_files, read, read_metadata
 
 # Where in nested dicts and lists an entry was: ("optim", "state", "layer.weight", "exp_avg").
 Place = tuple[str | int, ...]
@@ -82,7 +81,7 @@ class Contents:
                 values[fqn] = None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(values, checkpoint_id=self.folder, no_dist=True)
+            read(values, self.folder, no_dist=True)
         return values
 
     def nbytes(self, fqns: Any) -> int:

@@ -56,11 +56,16 @@ def load(
         return {"what is in the checkpoint (do all see the same folder?)": f"{len(metadata.storage_data)} entries"}
 
     check_ranks_agree(group, check)
+    read(state_dict, checkpoint_id, planner=_Strict(), process_group=process_group)
+
+
+def read(state_dict: dict[str, Any], folder: str | os.PathLike[str], **options: Any) -> None:
+    """`torch.distributed.checkpoint.load`, whose own exception `except Exception` would not catch."""
     try:
-        dcp.load(state_dict, checkpoint_id=checkpoint_id, planner=_Strict(), process_group=process_group)
-    except CheckpointException as failed:  # which `except Exception` would not catch
+        dcp.load(state_dict, checkpoint_id=folder, **options)
+    except CheckpointException as failed:
         rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
-        raise RuntimeError(f"{checkpoint_id} does not fit, says rank {rank}: {error}") from None
+        raise RuntimeError(f"{folder} does not fit, says rank {rank}: {error}") from None
 
 
 def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
@@ -70,8 +75,14 @@ def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
     try:
         metadata = dcp.FileSystemReader(folder).read_metadata()
         assert isinstance(metadata, Metadata)
+        ends = Counter[str]()
+        for info in metadata.storage_data.values():
+            ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
+        for file, end in ends.items():
+            if (size := (Path(folder) / file).stat().st_size) < end:
+                raise ValueError(f"{file} has {size:,} bytes of at least {end:,}")
     except Exception as error:  # whatever a damaged pickle may lead to
-        raise ValueError(f"{folder}/.metadata is damaged: {error}") from None
+        raise ValueError(f"{folder} is damaged: {error}") from None
     if metadata.planner_data is None:
         raise ValueError(f"{folder} was saved with flatten_state_dict=False, which is not supported")
     return metadata
