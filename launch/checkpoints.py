@@ -64,19 +64,17 @@ class Run:
 
     def resume(self, folders: list[Path]) -> None:
         """Go on from the first of these checkpoints that can be read."""
-        first = dist.get_rank() == 0
+        is_first_rank = dist.get_rank() == 0
         for folder in folders:
             try:
                 self.load(folder)
             except (ValueError, RuntimeError) as error:
                 if folder == folders[-1]:
-                    raise SystemExit(
-                        f"train.py: error: cannot resume: {error}" if dist.get_rank() == 0 else 1
-                    ) from None
-                if dist.get_rank() == 0:
+                    raise SystemExit(f"train.py: error: cannot resume: {error}" if is_first_rank else 1) from None
+                if is_first_rank:
                     print(f"train.py: going back to an older checkpoint: {error}", file=sys.stderr)
             else:
-                if dist.get_rank() == 0:
+                if is_first_rank:
                     print(f"resumed after step {self.progress.step}, from {folder}", flush=True)
                 return
 
@@ -100,8 +98,11 @@ def _copied(value: Any, into: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copied(item, into.get(key) if isinstance(into, dict) else None) for key, item in value.items()}
     if isinstance(value, DTensor):
-        local = _copied(value.to_local(), into.to_local() if isinstance(into, DTensor) else None)
+        if isinstance(into, DTensor) and into.shape == value.shape:
+            _copied(value.to_local(), into.to_local())
+            return into
         mesh = DeviceMesh.from_group(value.device_mesh.get_group(), "cpu")
+        local = _copied(value.to_local(), None)
         return DTensor.from_local(
             local, mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
         )
