@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node=2 launch/train.py
     torchrun --standalone --nproc_per_node=2 launch/train.py --optimizer adamw --data ~/books --plot loss.png
-    torchrun --standalone --nproc_per_node=2 --max-restarts=9 launch/train.py --checkpoint-dir checkpoints
+    torchrun --standalone --nproc_per_node=2 launch/train.py --checkpoint-dir checkpoints
 
 With --checkpoint-dir the same command goes on where the last one stopped, on any number of ranks. By default the text
 is the source of Python's standard library on this machine, so nothing is downloaded.
@@ -213,6 +213,11 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--plot {args.plot}: give it the suffix .png, .svg or .pdf")
     if "RANK" not in os.environ:
         parser.error("start it with torchrun: torchrun --standalone --nproc_per_node=2 launch/train.py")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":
+        parser.error(  # pytorch#135712
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun --max-restarts, or restarted workers look for the "
+            "addresses of the ones before them"
+        )
     args.text = read_text(args.data)
     if len(args.text) < 20 * (args.context + 1):
         parser.error(f"--data {args.data} holds {len(args.text)} bytes of text, too few for --context {args.context}")

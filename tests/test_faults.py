@@ -1,0 +1,235 @@
+"""Training goes on: resumed, with damaged checkpoints, with workers killed again and again, with a host less."""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_launch import ROOT, SMALL, TORCHRUN, torchrun
+from test_main import zeroadam
+from test_state_dict import equal
+
+TRAIN = [f"{ROOT}/launch/train.py", *SMALL]
+
+
+def whole(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if not path.suffix)
+
+
+def final(folder: Path) -> Any:
+    """The newest checkpoint as plain PyTorch."""
+    done = zeroadam("export", str(whole(folder)[-1]), f"{folder}.pt")
+    assert done.returncode == 0, done.stderr
+    return torch.load(f"{folder}.pt", weights_only=True)
+
+
+def losses(text: str) -> list[str]:
+    """At the end, and held out before and after, as the closing table prints them."""
+    return [cell.strip() for cell in next(line for line in text.splitlines() if line.startswith("│ ")).split("│")[1:4]]
+
+
+@pytest.mark.parametrize(
+    ("options", "world_sizes"), [(["--optimizer", "adamw"], [2]), (["--hook", "reduce_scatter"], [2, 3, 1])], ids=str
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, options: list[str], world_sizes: list[int]) -> None:
+    """To the bit at the same number of ranks, in the report as well; at another it goes on and ends in line."""
+    folder = tmp_path / "run"
+    saving = ["--checkpoint-dir", str(folder), "--checkpoint-every", "10", "--checkpoint-keep", "9"]
+    command = [*TRAIN, *options, *saving, "--steps", "30"]
+    straight = torchrun(2, *command)
+    assert straight.returncode == 0, straight.stderr
+    expected = final(folder)
+    assert [path.name for path in whole(folder)] == ["step-00000010", "step-00000020", "step-00000030"]
+    for world_size in world_sizes:
+        for newer in whole(folder)[1:]:
+            shutil.rmtree(newer)
+        resumed = torchrun(world_size, *command)
+        assert resumed.returncode == 0, resumed.stderr
+        assert "resumed after step 10" in resumed.stdout
+        if world_size == 2:
+            assert losses(resumed.stdout) == losses(straight.stdout)
+            assert equal(final(folder), expected)
+        held_out = [float(losses(run.stdout)[2]) for run in (straight, resumed)]
+        assert held_out[1] == pytest.approx(held_out[0], rel=0.05)
+
+
+def test_another_optimizer_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """zeroadam, then AdamW, then zeroadam again: as if there had been one all the time, to the bit."""
+    command = [*TRAIN, "--checkpoint-dir", str(tmp_path / "run"), "--checkpoint-every", "5", "--steps", "20"]
+    command += ["--checkpoint-keep", "3"]
+    straight = torchrun(2, *command)
+    expected = final(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "step-00000015")
+    for optimizer, start in (("adamw", 10), ("zeroadam", 15)):
+        shutil.rmtree(tmp_path / "run" / "step-00000020")
+        other = torchrun(2, *command, "--optimizer", optimizer)
+        assert other.returncode == 0, other.stderr
+        assert f"resumed after step {start}" in other.stdout
+        assert losses(other.stdout) == losses(straight.stdout)
+        found = final(tmp_path / "run")
+        assert equal(found["optimizer"]["state"], expected["optimizer"]["state"])
+        assert equal(found["model"], expected["model"])
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_set_aside(tmp_path: Path) -> None:
+    command = [*TRAIN, "--checkpoint-dir", str(tmp_path), "--checkpoint-every", "5", "--steps", "15"]
+    assert torchrun(2, *command).returncode == 0
+    (tmp_path / "step-00000003.tmp").mkdir()  # as if cut off while writing
+    file = tmp_path / "step-00000015" / "__1_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1000])
+    again = torchrun(2, *command)
+    assert again.returncode == 0, again.stderr
+    assert "going back to an older checkpoint" in again.stderr
+    assert again.stderr.count("step-00000015 is damaged: __1_0.distcp has") == 1
+    assert "resumed after step 10" in again.stdout
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-00000010", "step-00000015", "step-00000015.set-aside-0"]
+
+    fresh = torchrun(2, *command, "--resume", "none")
+    assert fresh.returncode == 0, fresh.stderr
+    assert "resumed" not in fresh.stdout
+    assert len(list(tmp_path.glob("*.set-aside-?"))) == 3
+
+    other = torchrun(2, *command, "--width", "64")
+    assert other.returncode != 0
+    assert other.stderr.count("train.py: error: cannot resume: ") == 1
+    assert len(whole(tmp_path)) == 2
+    nowhere = torchrun(2, *command, "--resume", f"{tmp_path}/nowhere")
+    assert nowhere.returncode != 0
+    assert nowhere.stderr.count("nowhere holds no checkpoint") == 1
+
+
+def test_a_full_disk_is_reported_and_does_not_end_the_training(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for it. The exit status tells that the last checkpoint is not there."""
+    command = [*TORCHRUN, "--nproc-per-node=2", *TRAIN, "--steps", "20", "--checkpoint-dir", f"{tmp_path}/run"]
+    limited = ["bash", "-c", 'ulimit -f 40; trap "" XFSZ; exec "$@"', "bash", *command, "--checkpoint-every", "10"]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=80)
+    assert done.returncode != 0
+    assert done.stderr.count("no checkpoint: ") == 2, done.stderr
+    assert len(losses(done.stdout)) == 3
+    assert not list((tmp_path / "run").iterdir())
+
+
+class Agent:
+    """A torchrun that is killed, or whose workers are; ended with its workers whatever happens."""
+
+    def __init__(self, log: Path, *options: str) -> None:
+        self.log = log
+        command = [sys.executable, "-m", "torch.distributed.run", *options]
+        with log.open("w") as output:
+            environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TMPDIR": str(log.parent)}
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+
+    def workers(self) -> list[int]:
+        try:
+            return [
+                int(pid)
+                for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            ]
+        except FileNotFoundError:
+            return []
+
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()[-5000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-5000:]
+            time.sleep(0.002)
+
+    def __enter__(self) -> "Agent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(timeout=40)
+            except subprocess.TimeoutExpired:
+                for pid in (*self.workers(), self.process.pid):
+                    kill(pid)
+                self.process.wait()
+
+
+def kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def newest_step(folder: Path) -> int:
+    return max((int(path.name.removeprefix("step-")) for path in whole(folder)), default=0)
+
+
+KILLS = 20
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="workers are found by Linux's /proc")
+def test_twenty_kills_lose_nothing(tmp_path: Path) -> None:
+    """Every worker that is killed, at random moments and while checkpoints are written, costs a few steps of time."""
+    steady, shaken = tmp_path / "steady", tmp_path / "shaken"
+    command = [*TRAIN, "--steps", "400", "--hook", "reduce_scatter", "--checkpoint-every"]
+    assert torchrun(2, *command, "400", "--checkpoint-dir", str(steady)).returncode == 0
+    generator, while_saving = random.Random(0), 0
+    options = ["--standalone", "--nproc-per-node=2", f"--max-restarts={KILLS}", *command, "3"]
+    start = time.monotonic()
+    with Agent(tmp_path / "log", *options, "--checkpoint-dir", str(shaken)) as agent:
+        step = 0
+        for index in range(KILLS):
+            agent.wait_for(lambda: newest_step(shaken) > step)  # noqa: B023
+            time.sleep(generator.uniform(0, 0.2))
+            if index % 2:
+                agent.wait_for(lambda: list(shaken.glob("*.tmp")))
+            workers = agent.workers()
+            kill(generator.choice(workers))
+            while_saving += bool(list(shaken.glob("*.tmp")))
+            agent.wait_for(lambda: set(agent.workers()).isdisjoint(workers))  # noqa: B023
+            step = newest_step(shaken)
+        assert agent.process.wait(timeout=120) == 0, agent.log.read_text()[-5000:]
+    text = agent.log.read_text()
+    assert text.count("resumed after step ") == KILLS
+    assert while_saving >= KILLS // 4
+    assert equal(final(shaken), final(steady))
+    print(f"{KILLS} kills, {while_saving} of them while saving, in {time.monotonic() - start:.0f} s")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="workers are found by Linux's /proc")
+def test_with_a_host_less_it_goes_on(tmp_path: Path) -> None:
+    """Two agents with a worker each; one is killed with its worker: the other restarts alone and ends in line."""
+    command = [*TRAIN, "--steps", "300", "--hook", "reduce_scatter", "--checkpoint-every", "5", "--checkpoint-dir"]
+    steady = torchrun(2, *command, str(tmp_path / "steady"))
+    assert steady.returncode == 0, steady.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [
+        *("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=hosts"),
+        *(f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf=last_call_timeout=2,keep_alive_interval=1"),
+        *(*command, str(tmp_path / "elastic")),
+    ]
+    with Agent(tmp_path / "first", *options) as first:
+        first.wait_for(lambda: is_listening(port))
+        with Agent(tmp_path / "second", *options) as second:
+            first.wait_for(lambda: newest_step(tmp_path / "elastic") >= 20)
+            for pid in (second.process.pid, *second.workers()):
+                kill(pid)
+        assert first.process.wait(timeout=80) == 0, first.log.read_text()[-5000:]
+    text = first.log.read_text()
+    assert "resumed after step" in text
+    assert "written by 1 ranks" in zeroadam("inspect", str(whole(tmp_path / "elastic")[-1])).stdout
+    held_out = [float(losses(run)[2]) for run in (steady.stdout, text)]
+    assert held_out[1] == pytest.approx(held_out[0], rel=0.05)
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
