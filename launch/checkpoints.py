@@ -4,7 +4,9 @@ import copy
 import shutil
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -113,6 +116,18 @@ def _copied(value: Any, into: Any) -> Any:
     return copy.deepcopy(value)
 
 
+class Overwriting(FileSystem):
+    """Writes into a file that is there: new pages of memory-backed storage take three times as long to fill.
+
+    What may be left of it behind the new contents does no harm, since the metadata says where everything is.
+    """
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, "r+b" if mode == "wb" and Path(path).exists() else mode) as stream:
+            yield stream
+
+
 class Checkpoints:
     """Folders step-00000100, step-00000200, … below `folder`, which all hosts share. Every method is a collective.
 
@@ -122,6 +137,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
+        self.spare = folder / "step-spare.tmp"  # an old one, to be overwritten by the next
         self.group = dist.new_group(backend="gloo")  # apart from what the training sends meanwhile
         self.copy = Copy()
         self.writing: Future[Any] | None = None
@@ -152,8 +168,16 @@ class Checkpoints:
         self.finish()
         self.error = None
         partial = self.folder / f"step-{step:08d}.tmp"
+        if dist.get_rank() == 0 and self.spare.exists():
+            self.spare.rename(partial)
+        writer = dcp.FileSystemWriter(partial)
+        writer.fs = Overwriting()
         self.writing = dcp.async_save(
-            state_dict, checkpoint_id=partial, process_group=self.group, async_stager=self.copy
+            state_dict,
+            storage_writer=writer,
+            planner=dcp.DefaultSavePlanner(enable_plan_caching=True),
+            process_group=self.group,
+            async_stager=self.copy,
         )
         if dist.get_rank() == 0:  # done there when all ranks have written
             self.kept.clear()
@@ -171,12 +195,19 @@ class Checkpoints:
                 self.error = next(iter(error.failures.values()))[0]
             print(f"\nno checkpoint: {self.error}", file=sys.stderr, flush=True)
 
+    def close(self) -> None:
+        self.finish()
+        if dist.get_rank() == 0:
+            shutil.rmtree(self.spare, ignore_errors=True)
+
     def _keep(self, partial: Path, writing: "Future[Any]") -> None:
         try:
             if writing.exception() is None:
                 partial.rename(partial.with_suffix(""))  # no such folder is there: see `set_aside`
                 for old in self._whole()[self.keep :]:
-                    shutil.rmtree(old.rename(old.with_suffix(".tmp")))
+                    shutil.rmtree(self.spare, ignore_errors=True)
+                    old.rename(self.spare)
+                    (self.spare / ".metadata").unlink()
             else:
                 shutil.rmtree(partial, ignore_errors=True)
         except OSError as error:

@@ -328,7 +328,7 @@ def train(args: argparse.Namespace) -> None:
                 writer.add_scalar("loss/held out", done.held_out[-1][1], step)
 
     if checkpoints is not None:
-        checkpoints.finish()
+        checkpoints.close()
     per_rank: list[tuple[int, int]] = [(0, 0)] * world_size
     dist.all_gather_object(per_rank, (state_bytes(optimizer), peak_bytes(device)))
     if progress is not None:

@@ -18,9 +18,9 @@ SMALL = [
 ]
 
 
-def torchrun(world_size: int, *command: str) -> subprocess.CompletedProcess[str]:
+def torchrun(world_size: int, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     arguments = [*TORCHRUN, f"--nproc-per-node={world_size}", *command]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd) as process:
         try:
             out, err = process.communicate(timeout=80)
         except subprocess.TimeoutExpired:
@@ -108,7 +108,7 @@ SCRIPTS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), r
 @pytest.mark.parametrize("script", SCRIPTS, ids=range(len(SCRIPTS)))
 def test_the_scripts_in_the_readme_run(script: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(script)
-    done = torchrun(2, f"{tmp_path}/script.py")
+    done = torchrun(2, "script.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
