@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
@@ -56,8 +56,9 @@ class Run:
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint, or raise ValueError or RuntimeError on every rank and stay as it was."""
         state = self.state_dict()
-        there = checkpoint.read_metadata(folder).state_dict_metadata
-        state["rng"] = {name: value for name, value in state["rng"].items() if f"rng.{name}" in there}
+        with suppress(ValueError):  # on this rank alone; `checkpoint.load` says it on all of them
+            there = checkpoint.read_metadata(folder).state_dict_metadata
+            state["rng"] = {name: value for name, value in state["rng"].items() if f"rng.{name}" in there}
         checkpoint.load(state, checkpoint_id=folder)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
         self.schedule.load_state_dict(state["train"]["schedule"])

@@ -103,13 +103,13 @@ def shares(folder: str) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="bytes are counted by Linux's /proc")
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_rank_writes_and_reads_its_share_in_a_bounded_buffer(run_ranks, tmp_path: Path, world_size: int) -> None:
-    """32 MB of state: a rank's share to 2 %, and memory for at most two of the pieces in it (torch copies to write)."""
+    """32 MB of state: a rank's share to 2 %, and memory for at most three of the pieces in it."""
     share, piece = 32 * MB // world_size, 4 * MB // world_size
     for written, read, saving, loading in run_ranks(shares, world_size, str(tmp_path / "checkpoint")):
         assert written == pytest.approx(share, rel=0.02)
         assert share <= read <= share + 8 * 2**16  # torch looks through the last 64 KB of every piece for its directory
-        assert saving <= 2 * piece + SLACK
-        assert loading <= 2 * piece + SLACK
+        assert saving <= 3 * piece + SLACK
+        assert loading <= 3 * piece + SLACK
 
 
 class Net(nn.Module):

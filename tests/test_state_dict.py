@@ -355,6 +355,24 @@ def test_state_that_is_not_in_the_dict_starts_anew(run_ranks) -> None:
     run_ranks(fresh_and_frozen, 2)
 
 
+def exchanged() -> None:
+    """The optimizer's own tensors in each other's places: none is overwritten before it has been read."""
+    params = [nn.Parameter(torch.ones(6, 4)) for _ in range(3)]
+    ours = ZeroAdamW(params)
+    set_gradients(0, params)
+    ours.step()
+    before = [ours.state[p]["exp_avg"].full_tensor().clone() for p in params]
+    state_dict = ours.state_dict()
+    state_dict["state"] = {0: state_dict["state"][1], 1: state_dict["state"][2], 2: state_dict["state"][0]}
+    ours.load_state_dict(state_dict)
+    after = [ours.state[p]["exp_avg"].full_tensor() for p in params]
+    assert equal(after, [before[1], before[2], before[0]])
+
+
+def test_entries_of_its_own_may_be_exchanged(run_ranks) -> None:
+    run_ranks(exchanged, 2)
+
+
 def hooks() -> None:
     """A user's hooks run as in torch: before loading they may adapt the dict, after it they see what was loaded."""
     ours, plain, mine, _ = trained()

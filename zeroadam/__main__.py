@@ -177,7 +177,8 @@ def main() -> None:
         if name == "export":
             command.add_argument("file", type=Path, metavar="FILE.pt", help="replaced if it exists")
     args = parser.parse_args()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `zeroadam inspect ... | head` ends without a word
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `zeroadam inspect ... | head` ends without a word
     try:
         if args.command == "export":
             export(args.checkpoint, args.file)

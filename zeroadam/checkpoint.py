@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
-from zeroadam.agree import Manifest, check_ranks_agree
+from zeroadam.agree import Manifest, check_ranks_agree, joined_group
 
 
 def load(
@@ -46,8 +46,7 @@ def load(
             damaged, an entry is missing or of another shape or dtype, or a param group holds other parameters.
     """
     plain = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()}
-    group = process_group or dist.group.WORLD
-    assert group is not None
+    group = joined_group(process_group)
 
     def check() -> Manifest:
         metadata = read_metadata(checkpoint_id)

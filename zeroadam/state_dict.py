@@ -49,7 +49,15 @@ class Loading:
     copies: list[tuple[Tensor, Tensor | None]]  # into them; None: zeros
     manifest: Manifest  # what must be the same on every rank
 
+    @torch.no_grad()
     def copy(self) -> dict[str, Any]:
+        """Do it."""
+        addresses = {target.data_ptr() for target, _ in self.copies}
+        for index, (target, source) in enumerate(
+            self.copies
+        ):  # one's source may be another's target: exchanged entries
+            if source is not None and source.data_ptr() in addresses - {target.data_ptr()}:
+                self.copies[index] = (target, source.clone())
         for target, source in self.copies:
             target.zero_() if source is None else target.copy_(source)
         return self.state_dict
