@@ -83,7 +83,7 @@ def count_io(what: Callable[[], Any]) -> tuple[int, int]:
 
 
 def shares(folder: str) -> list[int]:
-    params = [nn.Parameter(torch.zeros(1024, 1024)) for _ in range(4)]
+    params = [nn.Parameter(torch.zeros(512, 1024)) for _ in range(8)]
     optimizer = ZeroAdamW(params)
     for param in params:
         for key in ("exp_avg", "exp_avg_sq"):
@@ -103,13 +103,18 @@ def shares(folder: str) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="bytes are counted by Linux's /proc")
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_rank_writes_and_reads_its_share_in_a_bounded_buffer(run_ranks, tmp_path: Path, world_size: int) -> None:
-    """32 MB of state: a rank's share to 2 %, and memory for at most three of the pieces in it."""
-    share, piece = 32 * MB // world_size, 4 * MB // world_size
+    """32 MB of state in 16 pieces: a rank's share to 2 %, and memory for few of the pieces in it.
+
+    torch keeps a piece that it has read until Python's garbage collector comes by.
+    """
+    share, piece = 32 * MB // world_size, 2 * MB // world_size
     for written, read, saving, loading in run_ranks(shares, world_size, str(tmp_path / "checkpoint")):
-        assert written == pytest.approx(share, rel=0.02)
-        assert share <= read <= share + 8 * 2**16  # torch looks through the last 64 KB of every piece for its directory
-        assert saving <= 3 * piece + SLACK
-        assert loading <= 3 * piece + SLACK
+        assert share <= written <= 1.02 * share
+        assert (
+            share <= read <= share + 16 * 2**16
+        )  # torch looks through the last 64 KB of every piece for its directory
+        assert saving <= 6 * piece + SLACK
+        assert loading <= 6 * piece + SLACK
 
 
 class Net(nn.Module):
