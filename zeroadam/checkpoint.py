@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 from zeroadam.agree import Manifest, check_ranks_agree, joined_group
+from zeroadam.master import MASTERS
 
 
 def load(
@@ -135,14 +136,24 @@ def _check_param_groups(state_dict: dict[str, Any], folder: str | os.PathLike[st
 
 
 class _Strict(dcp.DefaultLoadPlanner):
-    """torch's planner looks for missing entries and other shapes; this one for other dtypes and gaps as well."""
+    """torch's planner looks for missing entries and other shapes; this one for other dtypes and gaps as well.
+
+    It leaves masters out that were not saved: the optimizer makes them from the parameters then.
+    """
 
     def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        for fqn in self.state_dict.keys() - self.metadata.state_dict_metadata.keys():
+            *place, name = self.mappings[fqn]
+            if name in MASTERS and place[-2:-1] == ["state"]:
+                entry: Any = self.original_state_dict
+                for key in place:  # numbers of parameters are text there
+                    entry = entry[key] if key in entry else entry[int(key)]
+                del self.state_dict[fqn], entry[name]
         plan = super().create_local_plan()
         covered = Counter[str]()
         for item in plan.items:
             covered[item.dest_index.fqn] += math.prod(item.lengths)
-        assert self.metadata is not None
         for fqn, value in self.state_dict.items():
             saved = self.metadata.state_dict_metadata[fqn]
             if not isinstance(value, Tensor) or not isinstance(saved, TensorStorageMetadata):

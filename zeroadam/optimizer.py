@@ -20,9 +20,10 @@ from zeroadam.collectives import all_gather, is_gloo
 from zeroadam.comm_hook import Reduction
 from zeroadam.guard import mark_held, summed_over
 from zeroadam.join import StepAlong, refuse_in_join
+from zeroadam.master import follow, join, master_key, split
 from zeroadam.shard import shard
 from zeroadam.state import choose_kernel, new_state
-from zeroadam.state_dict import Loading, ShardedState, describe_state, empty_state, gather_state, prepare_loading
+from zeroadam.state_dict import Kept, Loading, ShardedState, describe_state, empty_state, gather_state, prepare_loading
 
 # Buckets whose gather may be under way at once; each of them has staging memory of its own.
 IN_FLIGHT = 3
@@ -48,10 +49,14 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         process_group: the ranks over which the state is cut, all of them by default. As in DistributedDataParallel.
         bucket_cap_mb: megabytes (2^20 bytes) of parameters that are updated and gathered together. The memory
             for packing small parameters is at most three times this.
+        master_dtype: torch.float32 for Adam to run on a float32 copy of bfloat16 and float16 parameters, which get the
+            rounded result; see `zeroadam.master`. None, the default, for the numbers of torch's Adam on the same model.
+        store_param_remainders: store of the copies of bfloat16 parameters only the 16 bits that these do not hold.
 
     Building the optimizer and `add_param_group` are collectives of the process group. Both raise on every rank:
         RuntimeError: ranks that disagree on parameters, their values or hyper-parameters; no process group.
-        ValueError: no parameters, complex or already sharded ones, `differentiable=True`; what torch's Adam refuses.
+        ValueError: no parameters, complex or already sharded ones, `differentiable=True`; what torch's Adam refuses;
+            another `master_dtype`, or remainders without it.
     """
 
     def __init__(
@@ -71,14 +76,21 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         decoupled_weight_decay: bool = False,
         process_group: dist.ProcessGroup | None = None,
         bucket_cap_mb: float = 25,
+        master_dtype: torch.dtype | None = None,
+        store_param_remainders: bool = False,
     ) -> None:
         self.process_group = joined_group(process_group)
         self.rank, self.world_size = self.process_group.rank(), self.process_group.size()
         self.bucket_cap_mb = bucket_cap_mb
+        self.master_dtype, self.store_param_remainders = master_dtype, store_param_remainders
         self._meshes: dict[str, DeviceMesh] = {}
         self.reduction = Reduction(self.process_group)  # what reduce_scatter_hook works with
 
         def build() -> Manifest:
+            if master_dtype not in (None, torch.float32):
+                raise ValueError(f"master_dtype is torch.float32 or None, not {master_dtype}")
+            if store_param_remainders and master_dtype is None:
+                raise ValueError("store_param_remainders=True needs master_dtype=torch.float32")
             super(ZeroAdam, self).__init__(
                 params,
                 lr,
@@ -93,7 +105,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
                 fused=fused,
                 decoupled_weight_decay=decoupled_weight_decay,
             )
-            return describe_groups(self.param_groups, 0, self.defaults)
+            masters = {"master_dtype": str(master_dtype), "store_param_remainders": str(store_param_remainders)}
+            return masters | describe_groups(self.param_groups, 0, self.defaults)
 
         check_ranks_agree(self.process_group, build)
         Joinable.__init__(self)
@@ -153,23 +166,31 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         params: list[Tensor] = []
         grads: list[Tensor] = []
         state: dict[str, list[Tensor]] = {"step": [], "exp_avg": [], "exp_avg_sq": [], "max_exp_avg_sq": []}
+        mastered: list[tuple[Tensor, Tensor, Tensor | None]] = []  # master, piece, remainder
         for param, piece in zip(bucket.params, pieces, strict=True):
             if param.grad is None:
                 continue
+            own = {k: v.to_local() if isinstance(v, DTensor) else v for k, v in self.state[param].items()}
             if piece.numel() == 0:  # another rank's, but its step counts here too
-                self.state[param]["step"] += 1
+                own["step"] += 1
                 continue
+            if self.master_key(param) is not None:
+                remainder = own.get("remainder")
+                master = follow(own["master"], piece) if remainder is None else join(piece, remainder)
+                mastered.append((master, piece, remainder))
+                piece = master
             grad = shard(param.grad, self.world_size, self.rank)
-            if divisors[param] > 1:  # a copy: the sum itself must stay, another backward may add to it
-                grad = torch.div(grad, divisors[param], out=torch.empty_like(piece))
-            elif grad.stride() != piece.stride():  # fused kernels go through memory without looking at strides
+            # A copy where it is to be divided, as the sum itself must stay and another backward may add to it; where it
+            # is of another dtype than the master; and for fused kernels, which do not look at strides.
+            if divisors[param] > 1 or grad.dtype != piece.dtype or grad.stride() != piece.stride():
                 grad = torch.empty_like(piece).copy_(grad)
+                if divisors[param] > 1:
+                    grad /= divisors[param]
             params.append(piece)
             grads.append(grad)
             for key, values in state.items():
-                if key in self.state[param]:
-                    value = self.state[param][key]
-                    values.append(value.to_local() if isinstance(value, DTensor) else value)
+                if key in own:
+                    values.append(own[key])
         if not params:
             return
         beta1, beta2 = group["betas"]
@@ -192,6 +213,11 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             maximize=group["maximize"],
             decoupled_weight_decay=group["decoupled_weight_decay"],
         )
+        for master, piece, remainder in mastered:
+            if remainder is None:
+                piece.copy_(master)
+            else:
+                split(master, piece, remainder)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -323,6 +349,10 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             hook.remove()
         self._whole_state = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        entries = {param: kept.entry if isinstance(kept, Kept) else kept for param, kept in state["state"].items()}
+        super().__setstate__({**state, "state": defaultdict(dict, entries)})  # type: ignore[no-untyped-call]
+
     def __getstate__(self) -> NoReturn:
         raise RuntimeError(
             "a sharded optimizer cannot be pickled or copied, as a part of its state is on other ranks: "
@@ -357,10 +387,14 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     def _fill_state(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
         for param in params:
             if param not in self.state:
-                self.state[param] = new_state(param, group, self.mesh(param))
+                self.state[param] = new_state(param, group, self.mesh(param), self.master_key(param))
 
     def _equal_rows(self, param: Tensor) -> bool:
         return not is_gloo(self.process_group, param.device.type)
+
+    def master_key(self, param: Tensor) -> str | None:
+        """Under which name `state[param]` has a master, if it has one."""
+        return master_key(param, self.master_dtype, self.store_param_remainders)
 
     def mesh(self, param: Tensor) -> DeviceMesh:
         """The ranks of the process group, for DTensors where the parameter is."""
@@ -389,6 +423,8 @@ class ZeroAdamW(ZeroAdam):
         fused: bool | None = None,
         process_group: dist.ProcessGroup | None = None,
         bucket_cap_mb: float = 25,
+        master_dtype: torch.dtype | None = None,
+        store_param_remainders: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -405,10 +441,12 @@ class ZeroAdamW(ZeroAdam):
             decoupled_weight_decay=True,
             process_group=process_group,
             bucket_cap_mb=bucket_cap_mb,
+            master_dtype=master_dtype,
+            store_param_remainders=store_param_remainders,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         for group in self.param_groups:  # as in torch: also for dicts that were saved before it had this key
             group["decoupled_weight_decay"] = True
 

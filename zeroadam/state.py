@@ -17,12 +17,13 @@ from zeroadam.shard import shard, shard_dim
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-def new_state(param: Tensor, group: dict[str, Any], mesh: DeviceMesh) -> dict[str, Tensor]:
-    """Adam's state before the first step: `step` [] on every rank, the moments [d0, ...] with [c, ...] of it here.
+def new_state(param: Tensor, group: dict[str, Any], mesh: DeviceMesh, master: str | None) -> dict[str, Tensor]:
+    """Adam's state before the first step: `step` [] on every rank, the others [d0, ...] with [c, ...] of it here.
 
-    Dtype and stride order are the parameter's.
+    Dtype and stride order are the parameter's; with a master, under that name, the moments are float32.
     """
-    return {"step": new_step(param, group), **{name: new_moment(param, mesh) for name in moments(group)}}
+    state = {name: new_tensor(param, name, master, mesh) for name in [*moments(group), *([master] if master else [])]}
+    return {"step": new_step(param, group), **state}
 
 
 def moments(group: dict[str, Any]) -> list[str]:
@@ -36,9 +37,16 @@ def new_step(param: Tensor, group: dict[str, Any], value: float = 0.0) -> Tensor
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
-def new_moment(param: Tensor, mesh: DeviceMesh) -> DTensor:
-    """Zeros [d0, ...], of which this rank holds [c, ...]."""
-    return to_dtensor(torch.zeros_like(shard(param.detach(), mesh.size(), mesh.get_local_rank())), param, mesh)
+def new_tensor(param: Tensor, name: str, master: str | None, mesh: DeviceMesh) -> DTensor:
+    """State [d0, ...] before the first step, of which this rank holds [c, ...]: zeros; for a master, the parameter."""
+    piece = shard(param.detach(), mesh.size(), mesh.get_local_rank())
+    new = torch.zeros_like(piece, dtype=state_dtype(param, name, master))
+    return to_dtensor(new.copy_(piece) if name == "master" else new, param, mesh)
+
+
+def state_dtype(param: Tensor, name: str, master: str | None) -> torch.dtype:
+    """Of a moment: the parameter's, or float32 if it has a master, as has that; of a remainder see `master.split`."""
+    return torch.float32 if master and name != "remainder" else param.dtype
 
 
 def to_dtensor(piece: Tensor, param: Tensor, mesh: DeviceMesh) -> DTensor:

@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from zeroadam.agree import Manifest, check_supported, describe_hyperparameters, named
 from zeroadam.collectives import gather
+from zeroadam.master import MASTERS, convert
 from zeroadam.shard import shard
-from zeroadam.state import choose_kernel, moments, new_moment, new_step, placements_of
+from zeroadam.state import choose_kernel, moments, new_state, new_step, new_tensor, placements_of, state_dtype
 
 if TYPE_CHECKING:
     from zeroadam.optimizer import ZeroAdam
@@ -42,11 +43,18 @@ class ShardedState(dict[Any, Any]):
 
 
 @dataclass
+class Kept:
+    """The state of a parameter on its way through torch's load_state_dict, which would cast it to the dtype of that."""
+
+    entry: dict[str, Any]
+
+
+@dataclass
 class Loading:
     """A state dict that has been found fit for an optimizer, and has changed nothing yet."""
 
     state_dict: dict[str, Any]  # with the optimizer's own tensors for values
-    copies: list[tuple[Tensor, Tensor | None]]  # into them; None: zeros
+    copies: list[tuple[Tensor, Tensor]]  # into them
     manifest: Manifest  # what must be the same on every rank
 
     @torch.no_grad()
@@ -56,10 +64,10 @@ class Loading:
         for index, (target, source) in enumerate(
             self.copies
         ):  # one's source may be another's target: exchanged entries
-            if source is not None and source.data_ptr() in addresses - {target.data_ptr()}:
+            if source.data_ptr() in addresses - {target.data_ptr()}:
                 self.copies[index] = (target, source.clone())
         for target, source in self.copies:
-            target.zero_() if source is None else target.copy_(source)
+            target.copy_(source)
         return self.state_dict
 
 
@@ -86,9 +94,10 @@ def prepare_loading(optimizer: "ZeroAdam", state_dict: dict[str, Any]) -> Loadin
             if not entry and not held:  # frozen
                 continue
             try:
-                loading.state_dict["state"][key] = _loaded_entry(optimizer, param, group, entry, held, loading.copies)
+                loaded = _loaded_entry(optimizer, param, group, entry, held, loading.copies)
             except ValueError as error:
                 raise ValueError(f"the state of {name} does not fit: {error}") from None
+            loading.state_dict["state"][key] = Kept(loaded)
             step = float(entry["step"]) if entry else 0
             loading.manifest[f"the state of {name}"] = f"{'of' if entry else 'none, as before'} step {step:.0f}"
     if unknown := set(state_dict["state"]) - known:
@@ -123,23 +132,33 @@ def _loaded_entry(
     group: dict[str, Any],
     entry: dict[str, Any] | None,
     held: dict[str, Any],
-    copies: list[tuple[Tensor, Tensor | None]],
+    copies: list[tuple[Tensor, Tensor]],
 ) -> dict[str, Any]:
     """The state of one parameter after loading; what is still to be copied into it is appended to `copies`."""
-    names = moments(group)
-    if entry:
-        if missing := [name for name in ("step", *names) if name not in entry]:
-            raise ValueError(f"it has no {missing[0]}")
-        names += [name for name in entry if name not in names and name != "step"]
-    result: dict[str, Any] = {"step": new_step(param, group, float(entry["step"]) if entry else 0)}
-    for name in names:
-        value = entry[name] if entry else None
-        if entry and not isinstance(value, Tensor):  # somebody's own
+    master = optimizer.master_key(param)
+    fresh = {} if entry else new_state(param, group, optimizer.mesh(param), master)
+    if entry and (missing := [name for name in ("step", *moments(group)) if name not in entry]):
+        raise ValueError(f"it has no {missing[0]}")
+    loaded = {**(entry or fresh)}
+    piece = shard(param.detach(), optimizer.world_size, optimizer.rank)
+    given = {name: _piece(name, loaded.pop(name), param, optimizer) for name in MASTERS if name in loaded}
+    if master:
+        loaded[master] = convert(given, master, piece)
+    result: dict[str, Any] = {"step": new_step(param, group, float(loaded.pop("step")))}
+    for name, value in loaded.items():
+        if not isinstance(value, Tensor):  # somebody's own
             result[name] = value
             continue
-        source = None if value is None else _piece(name, value, param, optimizer)
-        result[name] = held[name] if isinstance(held.get(name), DTensor) else new_moment(param, optimizer.mesh(param))
-        copies.append((result[name].to_local(), source))
+        source = value if name == master else _piece(name, value, param, optimizer)
+        wanted = state_dtype(param, name, master)
+        if source.dtype != wanted:
+            because = f", and its master {wanted}" if master else ""
+            raise ValueError(f"{name} is {source.dtype}, the parameter is {param.dtype}{because}")
+        target = held.get(name)
+        if not isinstance(target, DTensor):
+            target = new_tensor(param, name, master, optimizer.mesh(param))
+        result[name] = target
+        copies.append((target.to_local(), source))
     return result
 
 
@@ -147,8 +166,6 @@ def _piece(name: str, value: Tensor, param: Tensor, optimizer: "ZeroAdam") -> Te
     """This rank's piece of a loaded tensor: [d0, ...] -> [c, ...], a view."""
     if value.shape != param.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, the parameter has {tuple(param.shape)}")
-    if value.dtype != param.dtype:
-        raise ValueError(f"{name} is {value.dtype}, the parameter is {param.dtype}")
     if isinstance(value, DTensor) and value.placements != (Replicate(),) * value.device_mesh.ndim:
         wanted = placements_of(param, optimizer.world_size)
         if value.placements != wanted or value.device_mesh.size() != optimizer.world_size:

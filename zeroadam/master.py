@@ -1,0 +1,57 @@
+"""Master weights: Adam runs on float32 copies of bfloat16 and float16 parameters, which get the rounded result.
+
+A copy may be stored whole, as "master", or for bfloat16 as "remainder": the 16 bits that the parameter itself does not
+hold. Either follows the parameter, whoever changes it: an element that is no longer the rounded master becomes it.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+MASTERS = ("master", "remainder")
+
+
+def master_key(param: Tensor, master_dtype: torch.dtype | None, store_param_remainders: bool) -> str | None:
+    """Under which name in the state a parameter's master is, if it has one."""
+    if master_dtype is None or param.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return "remainder" if store_param_remainders and param.dtype == torch.bfloat16 else "master"
+
+
+def follow(master: Tensor, param: Tensor) -> Tensor:
+    """Give the master [c, ...] float32, in place, the value of the parameter wherever that is not its rounded one."""
+    return master.copy_(torch.where(master.to(param.dtype) == param, master, param.float()))
+
+
+def split(master: Tensor, param: Tensor, remainder: Tensor) -> None:
+    """Store float32 [c, ...] as the nearest bfloat16, in `param`, and 16 more bits, in `remainder`, to the last bit.
+
+    These are an integer, but called bfloat16 too, since neither gloo nor NCCL knows a 16-bit integer.
+
+    Halves are rounded away from zero. With any rule that rounds some of them up and some down, such as to even, there
+    would be 2^16 + 1 numbers that round to the same even bfloat16, one too many for the remainder. A number that rounds
+    to infinity keeps its remainder and comes back; of a NaN only that it is one is kept.
+    """
+    bits = torch.where(master.isnan(), torch.nan, master).view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    remainder.view(torch.int16).copy_(bits - (high << 16))
+    param.copy_(high.to(torch.int16).view(torch.bfloat16))
+
+
+def join(param: Tensor, remainder: Tensor) -> Tensor:
+    """What was split: twice bfloat16 [c, ...] -> float32 [c, ...]."""
+    return ((param.view(torch.int16).to(torch.int32) << 16) + remainder.view(torch.int16)).view(torch.float32)
+
+
+def convert(given: Mapping[str, Tensor], key: str, param: Tensor) -> Tensor:
+    """The master under the name `key`, from that under the other name or from the parameter alone: [c, ...] each."""
+    if key in given:
+        return given[key]
+    if key == "master":
+        return join(param, given["remainder"]) if "remainder" in given else param.float()
+    remainder, rounded = torch.zeros_like(param), torch.empty_like(param)
+    if "master" in given:
+        split(given["master"], rounded, remainder)
+        remainder.masked_fill_(rounded != param, 0)
+    return remainder
