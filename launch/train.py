@@ -108,7 +108,7 @@ def batch(text: Tensor, numbers: range, context: int, seed: int, device: torch.d
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     """Mean cross-entropy in nats per byte: [size, context + 1] -> []."""
-    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
 @torch.no_grad()
@@ -131,6 +131,8 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
         return torch.optim.AdamW(groups, **options)
     if args.optimizer == "zero_redundancy":
         return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **options)
+    if args.master_weights != "none":
+        options |= {"master_dtype": torch.float32, "store_param_remainders": args.master_weights == "remainder"}
     return ZeroAdamW(groups, **options)
 
 
@@ -156,6 +158,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--optimizer", choices=["zeroadam", "adamw", "zero_redundancy"], default="zeroadam")
     add("--kernel", choices=["fused", "foreach"], default="fused", help="which of torch's Adam kernels to use")
     add("--hook", choices=["none", *HOOKS], default="none", help="how zeroadam gets its gradients, if not from DDP")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the parameters, and of all computation")
+    add(
+        "--master-weights",
+        choices=["none", "float32", "remainder"],
+        default="none",
+        help="what zeroadam keeps of a float32 copy",
+    )
     add("--data", type=Path, default=Path(sysconfig.get_path("stdlib")), metavar="PATH", help="a text file or a folder")
     add("--steps", type=int, default=200)
     add("--batch-size", type=int, default=8, help="sequences per rank and backward pass")
@@ -203,6 +212,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--width {args.width} is not a multiple of --heads {args.heads}")
     if args.hook != "none" and args.optimizer != "zeroadam":
         parser.error(f"--hook {args.hook} works with --optimizer zeroadam only")
+    if args.master_weights != "none" and args.optimizer != "zeroadam":
+        parser.error(f"--master-weights {args.master_weights} works with --optimizer zeroadam only")
     if args.optimizer == "zero_redundancy" and (args.checkpoint_dir or args.resume not in ("newest", "none")):
         parser.error("torch.distributed.checkpoint cannot save the state of --optimizer zero_redundancy")
     if not args.data.exists():
@@ -253,7 +264,7 @@ def train(args: argparse.Namespace) -> None:
     split = len(args.text) * 9 // 10
     train_text, held_out_text = args.text[:split], args.text[split:]
     torch.manual_seed(args.seed)
-    gpt = GPT(args.width, args.layers, args.heads, args.context).to(device)
+    gpt = GPT(args.width, args.layers, args.heads, args.context).to(device, getattr(torch, args.dtype))
     model = DistributedDataParallel(gpt, gradient_as_bucket_view=True)
     optimizer = build_optimizer(model, args)
     if args.hook != "none":
