@@ -15,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from zeroadam.checkpoint import check_files, read, read_metadata
+from zeroadam.master import MASTERS, convert
 
 # Where in nested dicts and lists an entry was: ("optim", "state", "layer.weight", "exp_avg").
 Place = tuple[str | int, ...]
@@ -89,7 +90,10 @@ class Contents:
 
 
 def export(folder: Path, file: Path) -> None:
-    """Write {"model": ..., "optimizer": ...} as torch.save does, the latter for torch.optim.AdamW.load_state_dict."""
+    """Write {"model": ..., "optimizer": ...} as torch.save does, the latter for torch.optim.AdamW.load_state_dict.
+
+    If there are float32 copies of parameters, they are its "master", by the names of the parameters.
+    """
     contents = Contents(folder)
     check_files(folder, contents.metadata)
     values = contents.read(
@@ -103,18 +107,25 @@ def export(folder: Path, file: Path) -> None:
     for (_, entries), params in zip(sorted(contents.groups.items()), contents.params, strict=True):
         group = {key: values[fqn] for key, fqn in entries.items()}
         groups.append({**group, "params": [ids[param] for param in params]})
-    state = {
-        ids[param]: {key: values[fqn] for key, fqn in entries.items()}
-        for param, entries in sorted(contents.state.items(), key=lambda item: ids[item[0]])
-    }
     model = {name: values[fqn] for name, fqn in contents.model.items()}
+    state, masters = {}, {}
+    for param in sorted(contents.state, key=lambda param: ids[param]):
+        entry = {key: values[fqn] for key, fqn in contents.state[param].items()}
+        given = {key: entry.pop(key) for key in MASTERS if key in entry}
+        state[ids[param]] = entry
+        if given and param in model:
+            masters[param] = convert(given, "master", model[param])
+    exported = {"model": model, "optimizer": {"state": state, "param_groups": groups}}
+    if masters:
+        exported["master"] = masters
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        torch.save({"model": model, "optimizer": {"state": state, "param_groups": groups}}, beside)
+        torch.save(exported, beside)
         beside.replace(file)
     finally:
         beside.unlink(missing_ok=True)
-    print(f'wrote {file}, {file.stat().st_size:,} bytes: {{"model": {len(model)} entries, "optimizer": {len(state)}}}')
+    counts = f'{{"model": {len(model)} entries, "optimizer": {len(state)}, "master": {len(masters)}}}'
+    print(f"wrote {file}, {file.stat().st_size:,} bytes: {counts}")
 
 
 def inspect(folder: Path) -> None:

@@ -180,12 +180,12 @@ class ZeroAdam(torch.optim.Adam, Joinable):
                 mastered.append((master, piece, remainder))
                 piece = master
             grad = shard(param.grad, self.world_size, self.rank)
-            # A copy where it is to be divided, as the sum itself must stay and another backward may add to it; where it
-            # is of another dtype than the master; and for fused kernels, which do not look at strides.
-            if divisors[param] > 1 or grad.dtype != piece.dtype or grad.stride() != piece.stride():
+            if grad.dtype != piece.dtype:  # to the master's
                 grad = torch.empty_like(piece).copy_(grad)
-                if divisors[param] > 1:
-                    grad /= divisors[param]
+            if divisors[param] > 1:  # a copy: the sum itself must stay, another backward may add to it
+                grad = torch.div(grad, divisors[param], out=torch.empty_like(piece))
+            elif grad.stride() != piece.stride():  # fused kernels go through memory without looking at strides
+                grad = torch.empty_like(piece).copy_(grad)
             params.append(piece)
             grads.append(grad)
             for key, values in state.items():

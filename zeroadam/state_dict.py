@@ -60,10 +60,9 @@ class Loading:
     @torch.no_grad()
     def copy(self) -> dict[str, Any]:
         """Do it."""
+        # Entries may have been exchanged: what is another's target has to be kept as it is now.
         addresses = {target.data_ptr() for target, _ in self.copies}
-        for index, (target, source) in enumerate(
-            self.copies
-        ):  # one's source may be another's target: exchanged entries
+        for index, (target, source) in enumerate(self.copies):
             if source.data_ptr() in addresses - {target.data_ptr()}:
                 self.copies[index] = (target, source.clone())
         for target, source in self.copies:
@@ -139,7 +138,7 @@ def _loaded_entry(
     fresh = {} if entry else new_state(param, group, optimizer.mesh(param), master)
     if entry and (missing := [name for name in ("step", *moments(group)) if name not in entry]):
         raise ValueError(f"it has no {missing[0]}")
-    loaded = {**(entry or fresh)}
+    loaded = {**(entry or fresh)}  # what is in it is taken out below
     piece = shard(param.detach(), optimizer.world_size, optimizer.rank)
     given = {name: _piece(name, loaded.pop(name), param, optimizer) for name in MASTERS if name in loaded}
     if master:
