@@ -4,6 +4,7 @@ A copy may be stored whole, as "master", or for bfloat16 as "remainder": the 16 
 hold. Either follows the parameter, whoever changes it: an element that is no longer the rounded master becomes it.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -19,12 +20,19 @@ def master_key(param: Tensor, master_dtype: torch.dtype | None, store_param_rema
     return "remainder" if store_param_remainders and param.dtype == torch.bfloat16 else "master"
 
 
-def follow(master: Tensor, param: Tensor) -> Tensor:
-    """Give the master [c, ...] float32, in place, the value of the parameter wherever that is not its rounded one."""
-    return master.copy_(torch.where(master.to(param.dtype) == param, master, param.float()))
+def follow(master: Tensor, param: Tensor, rounded: Tensor) -> Tensor:
+    """Give the master [c, ...] float32, in place, the value of the parameter wherever that is not its rounded one.
+
+    rounded: room for a tensor like the parameter.
+    """
+    if param.device.type == "cpu":  # elsewhere, looking would mean waiting
+        bits = rounded.copy_(master).view(torch.int16)
+        if not any(torch.bitwise_xor(bits, param.view(torch.int16), out=bits).aminmax()):
+            return master
+    return master.copy_(torch.where(rounded.copy_(master) == param, master, param.float()))
 
 
-def split(master: Tensor, param: Tensor, remainder: Tensor) -> None:
+def split(master: Tensor, param: Tensor, remainder: Tensor, room: Tensor) -> None:
     """Store float32 [c, ...] as the nearest bfloat16, in `param`, and 16 more bits, in `remainder`, to the last bit.
 
     These are an integer, but called bfloat16 too, since neither gloo nor NCCL knows a 16-bit integer.
@@ -32,16 +40,20 @@ def split(master: Tensor, param: Tensor, remainder: Tensor) -> None:
     Halves are rounded away from zero. With any rule that rounds some of them up and some down, such as to even, there
     would be 2^16 + 1 numbers that round to the same even bfloat16, one too many for the remainder. A number that rounds
     to infinity keeps its remainder and comes back; of a NaN only that it is one is kept.
+
+    room: for an int32 [c, ...].
     """
-    bits = torch.where(master.isnan(), torch.nan, master).view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    remainder.view(torch.int16).copy_(bits - (high << 16))
-    param.copy_(high.to(torch.int16).view(torch.bfloat16))
+    if param.device.type != "cpu" or not math.isfinite(master.sum()):  # adding to the bits of a NaN might overflow
+        master = torch.where(master.isnan(), torch.nan, master)
+    bits = master.view(torch.int32)
+    remainder.view(torch.int16).copy_(bits)  # the lower half, which is a negative number where it rounds up
+    param.view(torch.int16).copy_(torch.add(bits, 0x8000, out=room).bitwise_right_shift_(16))
 
 
-def join(param: Tensor, remainder: Tensor) -> Tensor:
-    """What was split: twice bfloat16 [c, ...] -> float32 [c, ...]."""
-    return ((param.view(torch.int16).to(torch.int32) << 16) + remainder.view(torch.int16)).view(torch.float32)
+def join(param: Tensor, remainder: Tensor, room: Tensor) -> Tensor:
+    """What was split: twice bfloat16 [c, ...] -> float32 [c, ...], in the memory of `room`, int32 [c, ...]."""
+    room.copy_(param.view(torch.int16))
+    return room.bitwise_left_shift_(16).add_(remainder.view(torch.int16)).view(torch.float32)
 
 
 def convert(given: Mapping[str, Tensor], key: str, param: Tensor) -> Tensor:
@@ -49,9 +61,10 @@ def convert(given: Mapping[str, Tensor], key: str, param: Tensor) -> Tensor:
     if key in given:
         return given[key]
     if key == "master":
-        return join(param, given["remainder"]) if "remainder" in given else param.float()
+        room = torch.empty_like(param, dtype=torch.int32)
+        return join(param, given["remainder"], room) if "remainder" in given else param.float()
     remainder, rounded = torch.zeros_like(param), torch.empty_like(param)
     if "master" in given:
-        split(given["master"], rounded, remainder)
+        split(given["master"], rounded, remainder, torch.empty_like(param, dtype=torch.int32))
         remainder.masked_fill_(rounded != param, 0)
     return remainder

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.distributed.algorithms import Join, Joinable, JoinHook
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
 from zeroadam.agree import Manifest, check_ranks_agree, check_supported, describe_groups, joined_group
@@ -20,10 +19,11 @@ from zeroadam.collectives import all_gather, is_gloo
 from zeroadam.comm_hook import Reduction
 from zeroadam.guard import mark_held, summed_over
 from zeroadam.join import StepAlong, refuse_in_join
-from zeroadam.master import follow, join, master_key, split
+from zeroadam.master import master_key
 from zeroadam.shard import shard
 from zeroadam.state import choose_kernel, new_state
 from zeroadam.state_dict import Kept, Loading, ShardedState, describe_state, empty_state, gather_state, prepare_loading
+from zeroadam.update import STATE, Piece, update
 
 # Buckets whose gather may be under way at once; each of them has staging memory of its own.
 IN_FLIGHT = 3
@@ -162,62 +162,18 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
     def _update(self, bucket: Bucket, pieces: Sequence[Tensor], divisors: dict[Tensor, int]) -> None:
         """One step of torch's Adam, in place on `pieces` and their state, [c, ...] each, where there is a gradient."""
-        group = self.param_groups[bucket.group_index]
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        state: dict[str, list[Tensor]] = {"step": [], "exp_avg": [], "exp_avg_sq": [], "max_exp_avg_sq": []}
-        mastered: list[tuple[Tensor, Tensor, Tensor | None]] = []  # master, piece, remainder
+        with_grad: list[Piece] = []
         for param, piece in zip(bucket.params, pieces, strict=True):
             if param.grad is None:
                 continue
-            own = {k: v.to_local() if isinstance(v, DTensor) else v for k, v in self.state[param].items()}
+            held = self.state[param]
+            own = {k: v.to_local() if isinstance(v := held[k], DTensor) else v for k in STATE if k in held}
             if piece.numel() == 0:  # another rank's, but its step counts here too
                 own["step"] += 1
                 continue
-            if self.master_key(param) is not None:
-                remainder = own.get("remainder")
-                master = follow(own["master"], piece) if remainder is None else join(piece, remainder)
-                mastered.append((master, piece, remainder))
-                piece = master
             grad = shard(param.grad, self.world_size, self.rank)
-            if grad.dtype != piece.dtype:  # to the master's
-                grad = torch.empty_like(piece).copy_(grad)
-            if divisors[param] > 1:  # a copy: the sum itself must stay, another backward may add to it
-                grad = torch.div(grad, divisors[param], out=torch.empty_like(piece))
-            elif grad.stride() != piece.stride():  # fused kernels go through memory without looking at strides
-                grad = torch.empty_like(piece).copy_(grad)
-            params.append(piece)
-            grads.append(grad)
-            for key, values in state.items():
-                if key in own:
-                    values.append(own[key])
-        if not params:
-            return
-        beta1, beta2 = group["betas"]
-        adam(
-            params,
-            grads,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["max_exp_avg_sq"],
-            state["step"],
-            foreach=group["foreach"],
-            capturable=group["capturable"],
-            fused=group["fused"],
-            amsgrad=group["amsgrad"],
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-        )
-        for master, piece, remainder in mastered:
-            if remainder is None:
-                piece.copy_(master)
-            else:
-                split(master, piece, remainder)
+            with_grad.append(Piece(piece, grad, divisors[param], own))
+        update(with_grad, self.param_groups[bucket.group_index])
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:

@@ -1,0 +1,129 @@
+"""The update of this rank's pieces by torch's Adam; on the CPU in blocks, so that what is made on the way stays there.
+
+For each block the gradient is cast and divided, Adam runs, and a master is rounded to its parameter, before the next
+block is touched: all of it in one trip through memory, and in the same few megabytes of cache for what lies between.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from zeroadam.bucket import flat
+from zeroadam.master import MASTERS, follow, join, split
+
+STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", *MASTERS)
+# Elements that are updated at a time on the CPU: their gradient, cast or divided, stays in cache. On
+# other devices, where a kernel's launch takes longer than its block, all pieces of a bucket are.
+BLOCK_NUMEL = 2**19
+
+
+@dataclass
+class Piece:
+    """What this rank updates of one parameter, all [c, ...]; or a run of it, all [n]."""
+
+    param: Tensor  # the parameter itself or what will be gathered of it
+    grad: Tensor
+    divisor: int  # of the gradient
+    state: dict[str, Tensor]  # `step` []
+
+
+class Room:
+    """Memory for what lies between, the same for every block."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, what: str, like: Tensor, dtype: torch.dtype, offset: int) -> Tensor:
+        """A tensor with the shape and strides of `like`, `offset` elements behind the start of the block."""
+        if like.device.type != "cpu" or offset + like.numel() > 2 * BLOCK_NUMEL:
+            return torch.empty_like(like, dtype=dtype)
+        if (what, dtype) not in self.buffers:
+            self.buffers[what, dtype] = torch.empty(2 * BLOCK_NUMEL, dtype=dtype)
+        return self.buffers[what, dtype][offset:].as_strided(like.shape, like.stride())
+
+
+def update(pieces: Sequence[Piece], group: dict[str, Any]) -> None:
+    """One step of Adam on every piece, in place on `param` and `state`; `grad` stays as it is."""
+    room = Room()
+    block: list[Piece] = []
+    numel = 0
+    for run in _runs(pieces):
+        block.append(run)
+        numel += run.param.numel()
+        if numel >= BLOCK_NUMEL and run.param.device.type == "cpu":
+            _update_block(block, group, room)
+            block, numel = [], 0
+    if block:
+        _update_block(block, group, room)
+
+
+def _runs(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Cut pieces into runs of memory of at most a block each."""
+    for piece in pieces:
+        numel, tensors = piece.param.numel(), {k: v for k, v in piece.state.items() if k != "step"}
+        in_order = all(t.stride() == piece.param.stride() for t in (piece.grad, *tensors.values()))
+        if piece.param.device.type != "cpu" or numel <= BLOCK_NUMEL or not in_order:
+            yield piece
+            continue
+        before = piece.state["step"].clone()
+        flat_piece = replace(piece, param=flat(piece.param), grad=flat(piece.grad))
+        flat_state = {key: flat(tensor) for key, tensor in tensors.items()}
+        for start in range(0, numel, BLOCK_NUMEL):
+            part = slice(start, start + BLOCK_NUMEL)
+            state = {key: tensor[part] for key, tensor in flat_state.items()}
+            step = before.clone() if start else piece.state["step"]  # Adam counts at every run
+            yield replace(
+                flat_piece, param=flat_piece.param[part], grad=flat_piece.grad[part], state={**state, "step": step}
+            )
+
+
+def _update_block(block: Sequence[Piece], group: dict[str, Any], room: Room) -> None:
+    weights, grads, numel = [], [], 0
+    state: dict[str, list[Tensor]] = {"step": [], "exp_avg": [], "exp_avg_sq": [], "max_exp_avg_sq": []}
+    for piece in block:
+        weight, grad = piece.param, piece.grad
+        if "master" in piece.state:
+            weight = follow(piece.state["master"], weight, room.take("rounded", weight, weight.dtype, 0))
+        elif "remainder" in piece.state:
+            weight = join(weight, piece.state["remainder"], room.take("weight", weight, torch.int32, numel))
+        # The sum itself must stay, as another backward may add to it; fused kernels do not look at strides.
+        if piece.divisor > 1 or grad.dtype != weight.dtype or grad.stride() != weight.stride():
+            own = room.take("grad", weight, weight.dtype, numel)
+            if grad.dtype != weight.dtype:
+                grad = own.copy_(grad)
+            grad = torch.div(grad, piece.divisor, out=own) if piece.divisor > 1 else own.copy_(grad)
+        numel += weight.numel()
+        weights.append(weight)
+        grads.append(grad)
+        for key, values in state.items():
+            if key in piece.state:
+                values.append(piece.state[key])
+    beta1, beta2 = group["betas"]
+    adam(
+        weights,
+        grads,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        state["max_exp_avg_sq"],
+        state["step"],
+        foreach=group["foreach"],
+        capturable=group["capturable"],
+        fused=group["fused"],
+        amsgrad=group["amsgrad"],
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+    )
+    for piece, weight in zip(block, weights, strict=True):
+        if "master" in piece.state:
+            piece.param.copy_(weight)
+        elif "remainder" in piece.state:
+            split(weight, piece.param, piece.state["remainder"], room.take("grad", weight, torch.int32, 0))
