@@ -16,8 +16,8 @@ from zeroadam.bucket import flat
 from zeroadam.master import MASTERS, follow, join, split
 
 STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", *MASTERS)
-# Elements that are updated at a time on the CPU: their gradient, cast or divided, stays in cache. On
-# other devices, where a kernel's launch takes longer than its block, all pieces of a bucket are.
+# Elements that are updated at a time on the CPU: their gradient, cast or divided, stays in cache. On other devices,
+# where a kernel's launch takes longer than its block, all pieces of a bucket are.
 BLOCK_NUMEL = 2**19
 
 
