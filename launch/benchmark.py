@@ -151,7 +151,7 @@ class Saving:
 
 def memory(key: str) -> int:
     """Bytes: VmRSS now, or VmHWM, the most since the last `start_peak`."""
-    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+    return 1024 * _count("/proc/self/status", key)
 
 
 def start_peak() -> int:
@@ -160,7 +160,12 @@ def start_peak() -> int:
 
 
 def io_bytes(key: str) -> int:
-    return int(next(line for line in open("/proc/self/io") if line.startswith(key)).split()[1])
+    """That this process has read (rchar) or written (wchar) so far."""
+    return _count("/proc/self/io", key)
+
+
+def _count(file: str, key: str) -> int:
+    return int(next(line for line in Path(file).read_text().splitlines() if line.startswith(key)).split()[1])
 
 
 def saving(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:

@@ -167,10 +167,10 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             if param.grad is None:
                 continue
             held = self.state[param]
-            own = {k: v.to_local() if isinstance(v := held[k], DTensor) else v for k in STATE if k in held}
             if piece.numel() == 0:  # another rank's, but its step counts here too
-                own["step"] += 1
+                held["step"] += 1
                 continue
+            own = {k: v.to_local() if isinstance(v := held[k], DTensor) else v for k in STATE if k in held}
             grad = shard(param.grad, self.world_size, self.rank)
             with_grad.append(Piece(piece, grad, divisors[param], own))
         update(with_grad, self.param_groups[bucket.group_index])

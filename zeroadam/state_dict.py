@@ -97,7 +97,7 @@ def prepare_loading(optimizer: "ZeroAdam", state_dict: dict[str, Any]) -> Loadin
             except ValueError as error:
                 raise ValueError(f"the state of {name} does not fit: {error}") from None
             loading.state_dict["state"][key] = Kept(loaded)
-            step = float(entry["step"]) if entry else 0
+            step = float(loaded["step"])
             loading.manifest[f"the state of {name}"] = f"{'of' if entry else 'none, as before'} step {step:.0f}"
     if unknown := set(state_dict["state"]) - known:
         raise ValueError(f"the state dict has state of {sorted(map(str, unknown))[0]}, which is in none of its groups")
@@ -135,10 +135,9 @@ def _loaded_entry(
 ) -> dict[str, Any]:
     """The state of one parameter after loading; what is still to be copied into it is appended to `copies`."""
     master = optimizer.master_key(param)
-    fresh = {} if entry else new_state(param, group, optimizer.mesh(param), master)
-    if entry and (missing := [name for name in ("step", *moments(group)) if name not in entry]):
+    loaded = dict(entry or new_state(param, group, optimizer.mesh(param), master))  # what is in it is taken out below
+    if missing := [name for name in ("step", *moments(group)) if name not in loaded]:
         raise ValueError(f"it has no {missing[0]}")
-    loaded = {**(entry or fresh)}  # what is in it is taken out below
     piece = shard(param.detach(), optimizer.world_size, optimizer.rank)
     given = {name: _piece(name, loaded.pop(name), param, optimizer) for name in MASTERS if name in loaded}
     if master:

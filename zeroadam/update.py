@@ -64,9 +64,12 @@ def update(pieces: Sequence[Piece], group: dict[str, Any]) -> None:
 def _runs(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Cut pieces into runs of memory of at most a block each."""
     for piece in pieces:
-        numel, tensors = piece.param.numel(), {k: v for k, v in piece.state.items() if k != "step"}
-        in_order = all(t.stride() == piece.param.stride() for t in (piece.grad, *tensors.values()))
-        if piece.param.device.type != "cpu" or numel <= BLOCK_NUMEL or not in_order:
+        numel = piece.param.numel()
+        if piece.param.device.type != "cpu" or numel <= BLOCK_NUMEL:
+            yield piece
+            continue
+        tensors = {key: value for key, value in piece.state.items() if key != "step"}
+        if any(tensor.stride() != piece.param.stride() for tensor in (piece.grad, *tensors.values())):
             yield piece
             continue
         before = piece.state["step"].clone()
@@ -93,9 +96,10 @@ def _update_block(block: Sequence[Piece], group: dict[str, Any], room: Room) -> 
         # The sum itself must stay, as another backward may add to it; fused kernels do not look at strides.
         if piece.divisor > 1 or grad.dtype != weight.dtype or grad.stride() != weight.stride():
             own = room.take("grad", weight, weight.dtype, numel)
-            if grad.dtype != weight.dtype:
+            if piece.divisor == 1 or grad.dtype != own.dtype:
                 grad = own.copy_(grad)
-            grad = torch.div(grad, piece.divisor, out=own) if piece.divisor > 1 else own.copy_(grad)
+            if piece.divisor > 1:
+                grad = torch.div(grad, piece.divisor, out=own)
         numel += weight.numel()
         weights.append(weight)
         grads.append(grad)
