@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from test_optimizer import assert_same, parameters, set_gradients
-from test_state_dict import MB, SLACK, assert_goes_on, equal, memory, snapshot, start_peak, trained
+from benchmark import io_bytes, memory, start_peak
+from test_optimizer import assert_same, full, parameters, set_gradients
+from test_state_dict import MB, OPTIONS, SLACK, assert_goes_on, equal, snapshot, trained
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -22,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from zeroadam import ZeroAdamW, checkpoint
 
 WORLD_SIZES = [1, 2, 3, 4, 6]
-OPTIONS: dict[str, Any] = {"amsgrad": True, "eps": 1e-6, "fused": False}
 
 
 def application(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -70,18 +70,6 @@ def test_saved_at_any_number_of_ranks_and_loaded_at_any_other(run_ranks, tmp_pat
     run_ranks(load, following, str(tmp_path), {"direct": dcp.load, "async": checkpoint.load, "by name": dcp.load})
 
 
-def count_io(what: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes that this process reads and writes meanwhile."""
-
-    def counts() -> list[int]:
-        return [int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines()[:2]]
-
-    before = counts()
-    what()
-    read, written = (after - b for after, b in zip(counts(), before, strict=True))
-    return read, written
-
-
 def shares(folder: str) -> list[int]:
     params = [nn.Parameter(torch.zeros(512, 1024)) for _ in range(8)]
     optimizer = ZeroAdamW(params)
@@ -90,12 +78,16 @@ def shares(folder: str) -> list[int]:
             optimizer.state[param][key].to_local().fill_(1.0)
     dist.barrier()
     start = start_peak()
-    _, written = count_io(lambda: dcp.save(optimizer.state_dict(), checkpoint_id=folder))
+    written = io_bytes("wchar")
+    dcp.save(optimizer.state_dict(), checkpoint_id=folder)
+    written = io_bytes("wchar") - written
     saving = memory("VmHWM") - start
     state_dict = optimizer.state_dict()
     dcp.load(state_dict, checkpoint_id=folder)  # reads torch's own modules as well
     start = start_peak()
-    read, _ = count_io(lambda: dcp.load(state_dict, checkpoint_id=folder))
+    read = io_bytes("rchar")
+    dcp.load(state_dict, checkpoint_id=folder)
+    read = io_bytes("rchar") - read
     optimizer.load_state_dict(state_dict)
     return [written, read, saving, memory("VmHWM") - start]
 
@@ -146,10 +138,6 @@ def build(kind: str, lr: float = 1e-2) -> tuple[nn.Module, torch.optim.Optimizer
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0, "lr": lr / 2}]
     cls = ZeroAdamW if kind == "zeroadam" else torch.optim.AdamW
     return model, cls(groups, lr=lr, foreach=True)
-
-
-def full(value: Any) -> Any:
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_launch import ROOT, SMALL, TORCHRUN, torchrun
+from test_launch import ROOT, SMALL, TORCHRUN, environment, torchrun
 from test_main import zeroadam
 from test_state_dict import equal
+from train import GPT, batch, loss_of, read_text
 
 TRAIN = [f"{ROOT}/launch/train.py", *SMALL]
 
@@ -113,7 +114,7 @@ def test_a_full_disk_is_reported_and_does_not_end_the_training(tmp_path: Path) -
     """A limit on the size of files stands in for it. The exit status tells that the last checkpoint is not there."""
     command = [*TORCHRUN, "--nproc-per-node=2", *TRAIN, "--steps", "20", "--checkpoint-dir", f"{tmp_path}/run"]
     limited = ["bash", "-c", 'ulimit -f 40; trap "" XFSZ; exec "$@"', "bash", *command, "--checkpoint-every", "10"]
-    done = subprocess.run(limited, capture_output=True, text=True, timeout=80)
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=80, env=environment(tmp_path))
     assert done.returncode != 0
     assert done.stderr.count("no checkpoint: ") == 2, done.stderr
     assert len(losses(done.stdout)) == 3
@@ -127,8 +128,8 @@ class Agent:
         self.log = log
         command = [sys.executable, "-m", "torch.distributed.run", *options]
         with log.open("w") as output:
-            environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TMPDIR": str(log.parent)}
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+            variables = {**environment(log.parent), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=variables)
 
     def workers(self) -> list[int]:
         try:
@@ -236,9 +237,6 @@ def test_with_a_host_less_it_goes_on(tmp_path: Path) -> None:
 
 def text_loss(weights: dict[str, torch.Tensor]) -> float:
     """Of the small model of these tests, on random windows of the text it was trained on."""
-    sys.path.insert(0, str(ROOT / "launch"))
-    from train import GPT, batch, loss_of, read_text
-
     gpt = GPT(width=32, layers=1, heads=2, context=32)
     gpt.load_state_dict(weights)
     windows = batch(read_text(ROOT / "zeroadam"), range(500), 32, seed=1, device=torch.device("cpu"))

@@ -1,10 +1,12 @@
 """The training run and the README's code, started as a user starts them: by torchrun."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,9 +20,19 @@ SMALL = [
 ]
 
 
+def environment(folder: Path | str) -> dict[str, str]:
+    """For a torchrun that leaves the folder for its logs there, as it never removes it."""
+    return {**os.environ, "TMPDIR": str(folder)}
+
+
 def torchrun(world_size: int, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     arguments = [*TORCHRUN, f"--nproc-per-node={world_size}", *command]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd) as process:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment(folder)
+        ) as process,
+    ):
         try:
             out, err = process.communicate(timeout=80)
         except subprocess.TimeoutExpired:
@@ -86,7 +98,7 @@ def test_ctrl_c_ends_it_with_one_message(tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [*TORCHRUN, "--nproc-per-node=2", f"{ROOT}/launch/train.py", *SMALL, "--steps", "100000"]
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment(tmp_path))
     try:
         deadline = time.monotonic() + 60
         while "step/s" not in log.read_text() and time.monotonic() < deadline:

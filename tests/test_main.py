@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_checkpoint import application, build, steps
+from test_checkpoint import Net, application, build, steps
 from test_optimizer import assert_same
 from test_state_dict import OPTIONS, equal, trained
 from torch import nn
@@ -80,14 +80,8 @@ def test_inspect_shows_what_is_there(run_ranks, tmp_path: Path) -> None:
     assert rows["first.weight"] == ["first.weight", "7", "x", "6", "float32", "168", "336", "3"]
     assert rows["norm.num_batches_tracked"] == ["norm.num_batches_tracked", "0-d", "int64", "8", "0", "-"]
     assert rows["frozen.bias"][-2:] == ["0", "-"]
-    model_bytes = sum(value.nbytes for value in build_net().state_dict().values())
+    model_bytes = sum(value.nbytes for value in Net().state_dict().values())
     assert rows["total"][1] == f"{model_bytes:,}"
-
-
-def build_net() -> nn.Module:
-    from test_checkpoint import Net
-
-    return Net()
 
 
 @pytest.mark.parametrize("command", ["inspect", "export"])

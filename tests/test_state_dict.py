@@ -4,12 +4,14 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from benchmark import memory, start_peak
 from test_optimizer import assert_same, parameters, set_gradients
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -285,14 +287,7 @@ def misfits() -> None:
         other.load_state_dict(of_one.state_dict())
     assert equal(snapshot(ours), before)
     ours.load_state_dict(plain.state_dict())
-    assert_same(ours, theirs_as_ours(plain, mine))
-
-
-def theirs_as_ours(plain: torch.optim.Optimizer, mine: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW over our parameters with the state of `plain`, whose parameters have gone one step further."""
-    other = two_groups(torch.optim.AdamW, mine)
-    other.load_state_dict(plain.state_dict())
-    return other
+    assert_same(ours, plain_over(mine, plain))
 
 
 def test_a_misfit_is_named_on_every_rank_and_changes_nothing(run_ranks) -> None:
@@ -322,7 +317,9 @@ def options_survive() -> None:
 
 
 def plain_over(params: list[nn.Parameter], plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    other = torch.optim.AdamW(params)
+    """AdamW over other parameters with the groups and the state of `plain`, whose own may have gone a step further."""
+    rest = iter(params)
+    other = torch.optim.AdamW([{"params": list(islice(rest, len(group["params"])))} for group in plain.param_groups])
     other.load_state_dict(plain.state_dict())
     return other
 
@@ -402,18 +399,6 @@ def test_the_hooks_of_torch_are_called(run_ranks) -> None:
 
 MB = 2**20
 SLACK = 3 * MB
-
-
-def memory(key: str) -> int:
-    """Bytes: VmRSS now, or VmHWM, the most since the last `start_peak`."""
-    return (
-        int(next(line for line in Path("/proc/self/status").read_text().splitlines() if key in line).split()[1]) * 1024
-    )
-
-
-def start_peak() -> int:
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
 
 
 def peaks(folder: str) -> dict[str, int]:
