@@ -47,7 +47,7 @@ def test_the_fused_kernel_rounds_alike_in_blocks(dtype: torch.dtype) -> None:
             for p in params:
                 state = {"step": torch.tensor(4.0), "exp_avg": torch.randn(p.shape).to(dtype)}
                 state["exp_avg_sq"] = torch.rand(p.shape).to(dtype)
-                pieces.append(Piece(p.detach(), torch.randn(p.shape).to(dtype), 3, state))
+                pieces.append(Piece(p.detach(), torch.randn(p.shape).to(dtype), 3, state, dtype))
             grads = [piece.grad.clone() for piece in pieces]
             if block == 2**10:
                 update(pieces, plain.param_groups[0])

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from zeroadam.checkpoint import check_files, read, read_metadata
 from zeroadam.master import MASTERS, convert
+from zeroadam.precision import dequantize_entry
 
 # Where in nested dicts and lists an entry was: ("optim", "state", "layer.weight", "exp_avg").
 Place = tuple[str | int, ...]
@@ -111,6 +112,7 @@ def export(folder: Path, file: Path) -> None:
     state, masters = {}, {}
     for param in sorted(contents.state, key=lambda param: ids[param]):
         entry = {key: values[fqn] for key, fqn in contents.state[param].items()}
+        dequantize_entry(entry)
         given = {key: entry.pop(key) for key in MASTERS if key in entry}
         state[ids[param]] = entry
         if given and param in model:

@@ -13,13 +13,6 @@ from torch import Tensor
 MASTERS = ("master", "remainder")
 
 
-def master_key(param: Tensor, master_dtype: torch.dtype | None, store_param_remainders: bool) -> str | None:
-    """Under which name in the state a parameter's master is, if it has one."""
-    if master_dtype is None or param.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    return "remainder" if store_param_remainders and param.dtype == torch.bfloat16 else "master"
-
-
 def follow(master: Tensor, param: Tensor, rounded: Tensor) -> Tensor:
     """Give the master [c, ...] float32, in place, the value of the parameter wherever that is not its rounded one.
 
@@ -43,11 +36,16 @@ def split(master: Tensor, param: Tensor, remainder: Tensor, room: Tensor) -> Non
 
     room: for an int32 [c, ...].
     """
-    if param.device.type != "cpu" or not math.isfinite(master.sum()):  # adding to the bits of a NaN might overflow
-        master = torch.where(master.isnan(), torch.nan, master)
-    bits = master.view(torch.int32)
+    bits = quiet(master).view(torch.int32)
     remainder.view(torch.int16).copy_(bits)  # the lower half, which is a negative number where it rounds up
     param.view(torch.int16).copy_(torch.add(bits, 0x8000, out=room).bitwise_right_shift_(16))
+
+
+def quiet(number: Tensor) -> Tensor:
+    """float32 [n] in which every NaN is one to whose bits 2^16 can be added."""
+    if number.device.type == "cpu" and math.isfinite(number.sum()):
+        return number
+    return torch.where(number.isnan(), torch.nan, number)
 
 
 def join(param: Tensor, remainder: Tensor, room: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from zeroadam.collectives import all_gather, is_gloo
 from zeroadam.comm_hook import Reduction
 from zeroadam.guard import mark_held, summed_over
 from zeroadam.join import StepAlong, refuse_in_join
-from zeroadam.master import master_key
+from zeroadam.precision import Precision, bitsandbytes, compute_dtype, precision
 from zeroadam.shard import shard
 from zeroadam.state import choose_kernel, new_state
 from zeroadam.state_dict import Kept, Loading, ShardedState, describe_state, empty_state, gather_state, prepare_loading
@@ -52,11 +52,14 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         master_dtype: torch.float32 for Adam to run on a float32 copy of bfloat16 and float16 parameters, which get the
             rounded result; see `zeroadam.master`. None, the default, for the numbers of torch's Adam on the same model.
         store_param_remainders: store of the copies of bfloat16 parameters only the 16 bits that these do not hold.
+        state_dtype: torch.bfloat16 for moments in bfloat16, rounded stochastically; torch.uint8 for moments in 8 bits,
+            wherever a parameter has rows of whole blocks, by bitsandbytes. Adam runs in float32 then; see
+            `zeroadam.precision`. None, the default, for moments in the dtype in which Adam runs.
 
     Building the optimizer and `add_param_group` are collectives of the process group. Both raise on every rank:
         RuntimeError: ranks that disagree on parameters, their values or hyper-parameters; no process group.
         ValueError: no parameters, complex or already sharded ones, `differentiable=True`; what torch's Adam refuses;
-            another `master_dtype`, or remainders without it.
+            another `master_dtype` or `state_dtype`, or remainders without the first.
     """
 
     def __init__(
@@ -78,11 +81,13 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         bucket_cap_mb: float = 25,
         master_dtype: torch.dtype | None = None,
         store_param_remainders: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         self.process_group = joined_group(process_group)
         self.rank, self.world_size = self.process_group.rank(), self.process_group.size()
         self.bucket_cap_mb = bucket_cap_mb
         self.master_dtype, self.store_param_remainders = master_dtype, store_param_remainders
+        self.state_dtype = state_dtype
         self._meshes: dict[str, DeviceMesh] = {}
         self.reduction = Reduction(self.process_group)  # what reduce_scatter_hook works with
 
@@ -91,6 +96,10 @@ class ZeroAdam(torch.optim.Adam, Joinable):
                 raise ValueError(f"master_dtype is torch.float32 or None, not {master_dtype}")
             if store_param_remainders and master_dtype is None:
                 raise ValueError("store_param_remainders=True needs master_dtype=torch.float32")
+            if state_dtype not in (None, torch.bfloat16, torch.uint8):
+                raise ValueError(f"state_dtype is torch.bfloat16, torch.uint8 or None, not {state_dtype}")
+            if state_dtype == torch.uint8:
+                bitsandbytes()
             super(ZeroAdam, self).__init__(
                 params,
                 lr,
@@ -105,8 +114,11 @@ class ZeroAdam(torch.optim.Adam, Joinable):
                 fused=fused,
                 decoupled_weight_decay=decoupled_weight_decay,
             )
-            masters = {"master_dtype": str(master_dtype), "store_param_remainders": str(store_param_remainders)}
-            return masters | describe_groups(self.param_groups, 0, self.defaults)
+            return {
+                "master_dtype": str(master_dtype),
+                "store_param_remainders": str(store_param_remainders),
+                "state_dtype": str(state_dtype),
+            } | describe_groups(self.param_groups, 0, self.defaults)
 
         check_ranks_agree(self.process_group, build)
         Joinable.__init__(self)
@@ -172,7 +184,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
                 continue
             own = {k: v.to_local() if isinstance(v := held[k], DTensor) else v for k in STATE if k in held}
             grad = shard(param.grad, self.world_size, self.rank)
-            with_grad.append(Piece(piece, grad, divisors[param], own))
+            with_grad.append(
+                Piece(piece, grad, divisors[param], own, compute_dtype(param, self.master_dtype, self.state_dtype))
+            )
         update(with_grad, self.param_groups[bucket.group_index])
 
     @torch.no_grad()
@@ -343,14 +357,14 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     def _fill_state(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
         for param in params:
             if param not in self.state:
-                self.state[param] = new_state(param, group, self.mesh(param), self.master_key(param))
+                self.state[param] = new_state(param, group, self.mesh(param), self.precision(param))
 
     def _equal_rows(self, param: Tensor) -> bool:
         return not is_gloo(self.process_group, param.device.type)
 
-    def master_key(self, param: Tensor) -> str | None:
-        """Under which name `state[param]` has a master, if it has one."""
-        return master_key(param, self.master_dtype, self.store_param_remainders)
+    def precision(self, param: Tensor) -> Precision:
+        """In what the state of a parameter is kept."""
+        return precision(param, self.master_dtype, self.store_param_remainders, self.state_dtype)
 
     def mesh(self, param: Tensor) -> DeviceMesh:
         """The ranks of the process group, for DTensors where the parameter is."""
@@ -381,6 +395,7 @@ class ZeroAdamW(ZeroAdam):
         bucket_cap_mb: float = 25,
         master_dtype: torch.dtype | None = None,
         store_param_remainders: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -399,6 +414,7 @@ class ZeroAdamW(ZeroAdam):
             bucket_cap_mb=bucket_cap_mb,
             master_dtype=master_dtype,
             store_param_remainders=store_param_remainders,
+            state_dtype=state_dtype,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

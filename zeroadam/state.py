@@ -11,19 +11,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from zeroadam.precision import Precision, layout, stored_names
 from zeroadam.shard import shard, shard_dim
 
 # Device types for which torch has a fused Adam kernel.
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-def new_state(param: Tensor, group: dict[str, Any], mesh: DeviceMesh, master: str | None) -> dict[str, Tensor]:
-    """Adam's state before the first step: `step` [] on every rank, the others [d0, ...] with [c, ...] of it here.
-
-    Dtype and stride order are the parameter's; with a master, under that name, the moments are float32.
-    """
-    state = {name: new_tensor(param, name, master, mesh) for name in [*moments(group), *([master] if master else [])]}
-    return {"step": new_step(param, group), **state}
+def new_state(param: Tensor, group: dict[str, Any], mesh: DeviceMesh, kept: Precision) -> dict[str, Tensor]:
+    """Adam's state before the first step: `step` [] on every rank, the others [d0, ...] with [c, ...] of it here."""
+    names = [name for moment in moments(group) for name in stored_names(moment, kept.moments)]
+    names += [kept.master] if kept.master else []
+    return {"step": new_step(param, group), **{name: new_tensor(param, name, kept, mesh) for name in names}}
 
 
 def moments(group: dict[str, Any]) -> list[str]:
@@ -37,23 +36,16 @@ def new_step(param: Tensor, group: dict[str, Any], value: float = 0.0) -> Tensor
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
-def new_tensor(param: Tensor, name: str, master: str | None, mesh: DeviceMesh) -> DTensor:
-    """State [d0, ...] before the first step, of which this rank holds [c, ...]: zeros; for a master, the parameter."""
-    piece = shard(param.detach(), mesh.size(), mesh.get_local_rank())
-    new = torch.zeros_like(piece, dtype=state_dtype(param, name, master))
-    return to_dtensor(new.copy_(piece) if name == "master" else new, param, mesh)
-
-
-def state_dtype(param: Tensor, name: str, master: str | None) -> torch.dtype:
-    """Of a moment: the parameter's, or float32 if it has a master, as has that; of a remainder see `master.split`."""
-    return torch.float32 if master and name != "remainder" else param.dtype
-
-
-def to_dtensor(piece: Tensor, param: Tensor, mesh: DeviceMesh) -> DTensor:
-    """This rank's piece [c, ...] as part of a tensor of the parameter's shape [d0, ...]. No communication."""
-    stride = torch.empty_like(param, device="meta").stride()
-    placements = placements_of(param, mesh.size())
-    return DTensor.from_local(piece, mesh, placements, run_check=False, shape=param.shape, stride=stride)
+def new_tensor(param: Tensor, name: str, kept: Precision, mesh: DeviceMesh) -> DTensor:
+    """State before the first step, of which this rank holds its piece: zeros; for a master, the parameter."""
+    whole = layout(param, name, kept)
+    local = torch.zeros_like(shard(whole, mesh.size(), mesh.get_local_rank()), device=param.device)
+    if name == "master":
+        local.copy_(shard(param.detach(), mesh.size(), mesh.get_local_rank()))
+    placements = placements_of(whole, mesh.size())
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=whole.shape, stride=torch.empty_like(whole).stride()
+    )
 
 
 def placements_of(param: Tensor, world_size: int) -> tuple[Placement, ...]:

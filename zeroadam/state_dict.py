@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from zeroadam.agree import Manifest, check_supported, describe_hyperparameters, named
 from zeroadam.collectives import gather
 from zeroadam.master import MASTERS, convert
+from zeroadam.precision import CODES, SCALES, Precision, convert_moment, dequantize_entry, layout
 from zeroadam.shard import shard
-from zeroadam.state import choose_kernel, moments, new_state, new_step, new_tensor, placements_of, state_dtype
+from zeroadam.state import choose_kernel, moments, new_state, new_step, new_tensor, placements_of
 
 if TYPE_CHECKING:
     from zeroadam.optimizer import ZeroAdam
@@ -134,38 +135,47 @@ def _loaded_entry(
     copies: list[tuple[Tensor, Tensor]],
 ) -> dict[str, Any]:
     """The state of one parameter after loading; what is still to be copied into it is appended to `copies`."""
-    master = optimizer.master_key(param)
-    loaded = dict(entry or new_state(param, group, optimizer.mesh(param), master))  # what is in it is taken out below
-    if missing := [name for name in ("step", *moments(group)) if name not in loaded]:
-        raise ValueError(f"it has no {missing[0]}")
-    piece = shard(param.detach(), optimizer.world_size, optimizer.rank)
-    given = {name: _piece(name, loaded.pop(name), param, optimizer) for name in MASTERS if name in loaded}
-    if master:
-        loaded[master] = convert(given, master, piece)
+    kept = optimizer.precision(param)
+    loaded = dict(entry or new_state(param, group, optimizer.mesh(param), kept))  # what is in it is taken out below
+
+    def take(*names: str) -> dict[str, Tensor]:
+        return {name: _piece(name, loaded.pop(name), param, kept, optimizer) for name in names if name in loaded}
+
+    if "step" not in loaded:
+        raise ValueError("it has no step")
+    sources: dict[str, Tensor] = {}
+    for moment in moments(group):
+        given = take(moment, moment + CODES, moment + SCALES)
+        if moment not in given and len(given) < 2:
+            raise ValueError(f"it has no {moment}")
+        sources |= convert_moment(given, moment, param, kept)
+    masters = take(*MASTERS)
+    if kept.master:
+        sources[kept.master] = convert(
+            masters, kept.master, shard(param.detach(), optimizer.world_size, optimizer.rank)
+        )
     result: dict[str, Any] = {"step": new_step(param, group, float(loaded.pop("step")))}
-    for name, value in loaded.items():
-        if not isinstance(value, Tensor):  # somebody's own
-            result[name] = value
-            continue
-        source = value if name == master else _piece(name, value, param, optimizer)
-        wanted = state_dtype(param, name, master)
+    sources |= take(*(name for name, value in loaded.items() if isinstance(value, Tensor)))
+    for name, source in sources.items():
+        wanted = layout(param, name, kept).dtype
         if source.dtype != wanted:
-            because = f", and its master {wanted}" if master else ""
+            because = f", and its master {wanted}" if kept.master else ""
             raise ValueError(f"{name} is {source.dtype}, the parameter is {param.dtype}{because}")
         target = held.get(name)
         if not isinstance(target, DTensor):
-            target = new_tensor(param, name, master, optimizer.mesh(param))
+            target = new_tensor(param, name, kept, optimizer.mesh(param))
         result[name] = target
         copies.append((target.to_local(), source))
-    return result
+    return {**result, **loaded}  # what is left is somebody's own
 
 
-def _piece(name: str, value: Tensor, param: Tensor, optimizer: "ZeroAdam") -> Tensor:
+def _piece(name: str, value: Tensor, param: Tensor, kept: Precision, optimizer: "ZeroAdam") -> Tensor:
     """This rank's piece of a loaded tensor: [d0, ...] -> [c, ...], a view."""
-    if value.shape != param.shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, the parameter has {tuple(param.shape)}")
+    whole = layout(param, name, kept)
+    if value.shape != whole.shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, not {tuple(whole.shape)} as the parameter asks for")
     if isinstance(value, DTensor) and value.placements != (Replicate(),) * value.device_mesh.ndim:
-        wanted = placements_of(param, optimizer.world_size)
+        wanted = placements_of(whole, optimizer.world_size)
         if value.placements != wanted or value.device_mesh.size() != optimizer.world_size:
             raise ValueError(
                 f"{name} is cut as {value.placements} over {value.device_mesh.size()} ranks, this optimizer cuts it as "
@@ -177,11 +187,11 @@ def _piece(name: str, value: Tensor, param: Tensor, optimizer: "ZeroAdam") -> Te
 
 
 def empty_state(optimizer: "ZeroAdam") -> dict[Tensor, dict[str, Any]]:
-    """Room on the CPU for the whole state as torch's Adam has it: [d0, ...], in the parameter's stride order."""
+    """Room on the CPU for the whole state: [d0, ...], in the parameter's stride order."""
     whole: dict[Tensor, dict[str, Any]] = {}
     for param, key, value in _entries(optimizer):
         if isinstance(value, DTensor):
-            value = torch.empty_like(param, dtype=value.dtype, device="cpu")
+            value = torch.empty_like(layout(param, key, optimizer.precision(param)), dtype=value.dtype, device="cpu")
         elif isinstance(value, Tensor):
             value = torch.empty_like(value, device="cpu")
         whole.setdefault(param, {})[key] = value
@@ -189,7 +199,7 @@ def empty_state(optimizer: "ZeroAdam") -> dict[Tensor, dict[str, Any]]:
 
 
 def gather_state(optimizer: "ZeroAdam", whole: dict[Tensor, dict[str, Any]] | None, to: int) -> None:
-    """Fill `whole` on rank `to`, where the others have None. A collective, one tensor at a time."""
+    """Fill `whole` on rank `to`, where the others have None, as torch's Adam has it. A collective, tensor by tensor."""
     for param, key, value in _entries(optimizer):
         target = whole[param][key] if whole is not None else None
         if isinstance(value, DTensor) and param.dim() > 0:
@@ -199,6 +209,8 @@ def gather_state(optimizer: "ZeroAdam", whole: dict[Tensor, dict[str, Any]] | No
             gather(value.to_local(), pieces, to, optimizer.process_group)
         elif target is not None and isinstance(value, Tensor):  # which every rank has
             target.copy_(value.to_local() if isinstance(value, DTensor) else value)
+    for entry in (whole or {}).values():
+        dequantize_entry(entry)
 
 
 def describe_state(optimizer: "ZeroAdam") -> Manifest:

@@ -1,6 +1,6 @@
 """The update of this rank's pieces by torch's Adam; on the CPU in blocks, so that what is made on the way stays there.
 
-For each block the gradient is cast and divided, Adam runs, and a master is rounded to its parameter, before the next
+For each block the gradient is cast and divided, Adam runs, and what is kept in fewer bits is rounded, before the next
 block is touched: all of it in one trip through memory, and in the same few megabytes of cache for what lies between.
 """
 
@@ -14,8 +14,10 @@ from torch.optim.adam import adam
 
 from zeroadam.bucket import flat
 from zeroadam.master import MASTERS, follow, join, split
+from zeroadam.precision import CODES, SCALES, dequantize, quantize, round_stochastically
 
-STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", *MASTERS)
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+STATE = ("step", *(moment + suffix for moment in MOMENTS for suffix in ("", CODES, SCALES)), *MASTERS)
 # Elements that are updated at a time on the CPU: their gradient, cast or divided, stays in cache. On other devices,
 # where a kernel's launch takes longer than its block, all pieces of a bucket are.
 BLOCK_NUMEL = 2**19
@@ -28,7 +30,8 @@ class Piece:
     param: Tensor  # the parameter itself or what will be gathered of it
     grad: Tensor
     divisor: int  # of the gradient
-    state: dict[str, Tensor]  # `step` []
+    state: dict[str, Tensor]  # `step` []; scales [c, row / block] or [n / block]
+    compute: torch.dtype  # in which Adam runs
 
 
 class Room:
@@ -69,7 +72,8 @@ def _runs(pieces: Iterable[Piece]) -> Iterator[Piece]:
             yield piece
             continue
         tensors = {key: value for key, value in piece.state.items() if key != "step"}
-        if any(tensor.stride() != piece.param.stride() for tensor in (piece.grad, *tensors.values())):
+        strides = {t.stride() for name, t in tensors.items() if not name.endswith(SCALES)}
+        if strides | {piece.grad.stride()} != {piece.param.stride()}:
             yield piece
             continue
         before = piece.state["step"].clone()
@@ -77,7 +81,10 @@ def _runs(pieces: Iterable[Piece]) -> Iterator[Piece]:
         flat_state = {key: flat(tensor) for key, tensor in tensors.items()}
         for start in range(0, numel, BLOCK_NUMEL):
             part = slice(start, start + BLOCK_NUMEL)
-            state = {key: tensor[part] for key, tensor in flat_state.items()}
+            state = {}
+            for key, tensor in flat_state.items():
+                per_element = numel // tensor.numel()
+                state[key] = tensor[start // per_element : (start + BLOCK_NUMEL) // per_element]
             step = before.clone() if start else piece.state["step"]  # Adam counts at every run
             yield replace(
                 flat_piece, param=flat_piece.param[part], grad=flat_piece.grad[part], state={**state, "step": step}
@@ -86,13 +93,9 @@ def _runs(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 def _update_block(block: Sequence[Piece], group: dict[str, Any], room: Room) -> None:
     weights, grads, numel = [], [], 0
-    state: dict[str, list[Tensor]] = {"step": [], "exp_avg": [], "exp_avg_sq": [], "max_exp_avg_sq": []}
+    state: dict[str, list[Tensor]] = {"step": [], **{moment: [] for moment in MOMENTS}}
     for piece in block:
-        weight, grad = piece.param, piece.grad
-        if "master" in piece.state:
-            weight = follow(piece.state["master"], weight, room.take("rounded", weight, weight.dtype, 0))
-        elif "remainder" in piece.state:
-            weight = join(weight, piece.state["remainder"], room.take("weight", weight, torch.int32, numel))
+        weight, grad = _weight(piece, room, numel), piece.grad
         # The sum itself must stay, as another backward may add to it; fused kernels do not look at strides.
         if piece.divisor > 1 or grad.dtype != weight.dtype or grad.stride() != weight.stride():
             own = room.take("grad", weight, weight.dtype, numel)
@@ -100,12 +103,13 @@ def _update_block(block: Sequence[Piece], group: dict[str, Any], room: Room) -> 
                 grad = own.copy_(grad)
             if piece.divisor > 1:
                 grad = torch.div(grad, piece.divisor, out=own)
-        numel += weight.numel()
         weights.append(weight)
         grads.append(grad)
-        for key, values in state.items():
-            if key in piece.state:
-                values.append(piece.state[key])
+        state["step"].append(piece.state["step"])
+        for moment in MOMENTS:
+            if moment in piece.state or moment + CODES in piece.state:
+                state[moment].append(_moment(piece, moment, weight, room, numel))
+        numel += weight.numel()
     beta1, beta2 = group["betas"]
     adam(
         weights,
@@ -126,8 +130,43 @@ def _update_block(block: Sequence[Piece], group: dict[str, Any], room: Room) -> 
         maximize=group["maximize"],
         decoupled_weight_decay=group["decoupled_weight_decay"],
     )
-    for piece, weight in zip(block, weights, strict=True):
-        if "master" in piece.state:
-            piece.param.copy_(weight)
-        elif "remainder" in piece.state:
+    for index, (piece, weight) in enumerate(zip(block, weights, strict=True)):
+        for moment in MOMENTS:
+            if state[moment]:
+                _keep_moment(piece, moment, state[moment][index], room)
+        if "remainder" in piece.state:
             split(weight, piece.param, piece.state["remainder"], room.take("grad", weight, torch.int32, 0))
+        elif weight is not piece.param:
+            piece.param.copy_(weight)
+
+
+def _weight(piece: Piece, room: Room, offset: int) -> Tensor:
+    """What Adam is to change: the parameter itself, its master, or a copy of either in the dtype in which it runs."""
+    param, state = piece.param, piece.state
+    if "master" in state:
+        return follow(state["master"], param, room.take("rounded", param, param.dtype, 0))
+    if "remainder" in state:
+        return join(param, state["remainder"], room.take("weight", param, torch.int32, offset))
+    if param.dtype == piece.compute:
+        return param
+    return room.take("weight", param, piece.compute, offset).copy_(param)
+
+
+def _moment(piece: Piece, moment: str, like: Tensor, room: Room, offset: int) -> Tensor:
+    kept = piece.state.get(moment)
+    if kept is not None and kept.dtype == piece.compute:
+        return kept
+    if kept is None:
+        return dequantize(piece.state[moment + CODES], piece.state[moment + SCALES], moment)
+    return room.take(moment, like, piece.compute, offset).copy_(kept)
+
+
+def _keep_moment(piece: Piece, moment: str, value: Tensor, room: Room) -> None:
+    kept = piece.state.get(moment)
+    if kept is None:
+        codes, scales = piece.state[moment + CODES], piece.state[moment + SCALES]
+        new_codes, new_scales = quantize(value, moment, codes.numel() // scales.numel())
+        codes.copy_(new_codes)
+        scales.copy_(new_scales)
+    elif kept is not value:
+        round_stochastically(value, kept, piece.state["step"], room.take("grad", value, torch.int32, 0))
