@@ -10,6 +10,7 @@ is the source of Python's standard library on this machine, so nothing is downlo
 
 import argparse
 import io
+import json
 import math
 import os
 import random
@@ -37,6 +38,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
 
 HOOKS = {"reduce_scatter": reduce_scatter_hook, "bf16_reduce_scatter": bf16_reduce_scatter_hook}
+STATE_DTYPES = {"none": None, "bfloat16": torch.bfloat16, "8bit": torch.uint8}
 RANK = int(os.environ.get("RANK", 0))
 MAX_TEXT_BYTES = 16 * 2**20
 
@@ -113,13 +115,14 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: GPT, text: Tensor, args: argparse.Namespace, device: torch.device) -> float:
-    """Over the same windows every time, other ones on every rank, averaged over the ranks."""
-    first, size = RANK * args.eval_batches, args.batch_size
-    numbers = [range(index * size, (index + 1) * size) for index in range(first, first + args.eval_batches)]
-    losses = [loss_of(model, batch(text, part, args.context, args.seed, device)) for part in numbers]
-    mean = torch.stack(losses).mean()
-    dist.all_reduce(mean)
-    return mean.item() / dist.get_world_size()
+    """Over the same windows every time and for every number of ranks, which share them."""
+    total = torch.zeros((), device=device)
+    numbers = range(RANK, args.eval_batches * args.batch_size, dist.get_world_size())
+    for first in range(0, len(numbers), args.batch_size):
+        part = numbers[first : first + args.batch_size]
+        total += loss_of(model, batch(text, part, args.context, args.seed, device)) * len(part)
+    dist.all_reduce(total)
+    return total.item() / (args.eval_batches * args.batch_size)
 
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -133,7 +136,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
         return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **options)
     if args.master_weights != "none":
         options |= {"master_dtype": torch.float32, "store_param_remainders": args.master_weights == "remainder"}
-    return ZeroAdamW(groups, **options)
+    return ZeroAdamW(groups, **options, state_dtype=STATE_DTYPES[args.state_dtype])
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -165,6 +168,12 @@ def parse_arguments() -> argparse.Namespace:
         default="none",
         help="what zeroadam keeps of a float32 copy",
     )
+    add(
+        "--state-dtype",
+        choices=STATE_DTYPES,
+        default="none",
+        help="in what zeroadam keeps moments, if not as it computes",
+    )
     add("--data", type=Path, default=Path(sysconfig.get_path("stdlib")), metavar="PATH", help="a text file or a folder")
     add("--steps", type=int, default=200)
     add("--batch-size", type=int, default=8, help="sequences per rank and backward pass")
@@ -178,7 +187,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.1)
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--eval-every", type=int, default=50, help="steps")
-    add("--eval-batches", type=int, default=8, help="per rank")
+    add("--eval-batches", type=int, default=16, help="shared by the ranks")
     add("--sample", type=int, default=200, help="bytes of text to generate at the end")
     add("--seed", type=int, default=0)
     add("--checkpoint-dir", type=Path, metavar="DIR", help="save and resume here; shared by all hosts")
@@ -191,6 +200,8 @@ def parse_arguments() -> argparse.Namespace:
         help="the newest in --checkpoint-dir, if any, or this one",
     )
     add("--plot", type=Path, metavar="FILE.png", help="draw the loss and the optimizer's bytes")
+    add("--json", type=Path, metavar="FILE", help="write the losses to this file")
+    add("--compare", type=Path, nargs="+", default=[], metavar="FILE", help="in --plot: runs that --json has written")
     add("--tensorboard", type=Path, metavar="DIR", help="log to TensorBoard")
     args = parser.parse_args()
     for name in (
@@ -210,16 +221,19 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.width % args.heads:
         parser.error(f"--width {args.width} is not a multiple of --heads {args.heads}")
-    if args.hook != "none" and args.optimizer != "zeroadam":
-        parser.error(f"--hook {args.hook} works with --optimizer zeroadam only")
-    if args.master_weights != "none" and args.optimizer != "zeroadam":
-        parser.error(f"--master-weights {args.master_weights} works with --optimizer zeroadam only")
+    for name in ("hook", "master_weights", "state_dtype"):
+        if (value := getattr(args, name)) != "none" and args.optimizer != "zeroadam":
+            parser.error(f"--{name.replace('_', '-')} {value} works with --optimizer zeroadam only")
     if args.optimizer == "zero_redundancy" and (args.checkpoint_dir or args.resume not in ("newest", "none")):
         parser.error("torch.distributed.checkpoint cannot save the state of --optimizer zero_redundancy")
     if not args.data.exists():
         parser.error(f"--data {args.data} does not exist")
-    if args.plot and not args.plot.resolve().parent.is_dir():
-        parser.error(f"--plot {args.plot}: there is no such folder")
+    for name in ("plot", "json"):
+        if (file := getattr(args, name)) and not file.resolve().parent.is_dir():
+            parser.error(f"--{name} {file}: there is no such folder")
+    for file in args.compare:
+        if not file.is_file():
+            parser.error(f"--compare {file} does not exist")
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--plot {args.plot}: give it the suffix .png, .svg or .pdf")
     if "RANK" not in os.environ:
@@ -235,6 +249,14 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def name_of(args: argparse.Namespace) -> str:
+    """What this run trains with, as plots call it."""
+    given = {"master": args.master_weights, "state": args.state_dtype}
+    return ", ".join(
+        [args.optimizer, args.dtype, *(f"{key} {value}" for key, value in given.items() if value != "none")]
+    )
+
+
 def draw(args: argparse.Namespace, done: Progress, held: list[int], full: int) -> None:
     import matplotlib
 
@@ -242,8 +264,17 @@ def draw(args: argparse.Namespace, done: Progress, held: list[int], full: int) -
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), width_ratios=[2, 1], layout="constrained")
-    left.plot(range(1, len(done.losses) + 1), done.losses, linewidth=1, alpha=0.6, label="training")
-    left.plot(*zip(*done.held_out, strict=True), marker="o", label="held out")
+    left.plot(range(1, len(done.losses) + 1), done.losses, linewidth=1, alpha=0.4, label="training", color="gray")
+    runs = [
+        {"name": name_of(args), "held_out": done.held_out},
+        *(json.loads(file.read_text()) for file in args.compare),
+    ]
+    for number, run in enumerate(runs):
+        label = "held out" if len(runs) == 1 else f"held out, {run['name']}: {run['held_out'][-1][1]:.4f}"
+        left.plot(*zip(*run["held_out"], strict=True), marker=".", linestyle=["-", "--", ":"][number % 3], label=label)
+    if len(runs) > 1:  # they differ little beside where they began
+        ends = [loss for run in runs for _, loss in run["held_out"][len(run["held_out"]) // 2 :]]
+        left.set_ylim(min(ends) - 0.02, max(ends) + 0.02)
     left.set(xlabel="step", ylabel="loss, nats per byte", title=f"{args.optimizer} on {len(held)} ranks")
     left.legend()
     bars = right.bar(["AdamW", *(f"rank {rank}" for rank in range(len(held)))], [b / 2**20 for b in (full, *held)])
@@ -349,6 +380,10 @@ def train(args: argparse.Namespace) -> None:
         print(f"\n{gpt.sample(prompt, args.sample, torch.Generator().manual_seed(args.seed))}")
         if writer is not None:
             writer.close()
+        if args.json:
+            args.json.write_text(
+                json.dumps({"name": name_of(args), "losses": done.losses, "held_out": done.held_out, "state": per_rank})
+            )
         if args.plot:
             full = sum(2 * p.nbytes for p in gpt.parameters())
             draw(args, done, [state for state, _ in per_rank], full)

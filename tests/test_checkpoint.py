@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from benchmark import io_bytes, memory, start_peak
+from measure import io_bytes, memory, start_peak
 from test_optimizer import assert_same, full, parameters, set_gradients
 from test_state_dict import MB, OPTIONS, SLACK, assert_goes_on, equal, snapshot, trained
 from torch import Tensor, nn

@@ -70,11 +70,34 @@ def test_the_hook_trains_as_well() -> None:
     assert bf16 == pytest.approx(plain, rel=1e-2)
 
 
+def test_every_number_of_ranks_is_evaluated_on_the_same_text() -> None:
+    one, three = (train("--steps", "1", world_size=world_size)[0] for world_size in (1, 3))
+    assert one[1] == pytest.approx(three[1], rel=1e-6)
+
+
 def test_plot_tensorboard_and_accumulation(tmp_path: Path) -> None:
-    options = ["--steps", "4", "--grad-accum", "2", "--kernel", "foreach"]
+    options = ["--steps", "4", "--grad-accum", "2", "--kernel", "foreach", "--json", f"{tmp_path}/run.json"]
     train(*options, "--plot", f"{tmp_path}/loss.png", "--tensorboard", f"{tmp_path}/log", world_size=1)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "log").glob("events.out.tfevents.*"))
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert (run["name"], len(run["losses"]), len(run["held_out"])) == ("zeroadam, float32", 4, 2)
+
+
+def test_runs_in_fewer_bits_are_drawn_beside_each_other(tmp_path: Path) -> None:
+    low = ["--dtype", "bfloat16", "--master-weights", "remainder", "--state-dtype"]
+    (whole, _), *others = (
+        train("--steps", "20", *options, "--json", f"{tmp_path}/{index}.json")
+        for index, options in enumerate([[], [*low, "bfloat16"], ["--state-dtype", "8bit"]])
+    )
+    for loss, _ in others:
+        assert loss == pytest.approx(whole, rel=2e-2)
+    compare = ["--compare", f"{tmp_path}/0.json", f"{tmp_path}/2.json"]
+    train("--steps", "2", *low, "none", *compare, "--plot", f"{tmp_path}/all.svg")
+    drawn = (tmp_path / "all.svg").read_text()
+    assert all(
+        f"zeroadam, {name}" in drawn for name in ("float32:", "float32, state 8bit:", "bfloat16, master remainder:")
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,6 +107,9 @@ def test_plot_tensorboard_and_accumulation(tmp_path: Path) -> None:
         (["--data", "/nowhere"], "--data /nowhere does not exist"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--optimizer", "adamw", "--hook", "reduce_scatter"], "--hook reduce_scatter works with --optimizer zeroadam"),
+        (["--optimizer", "adamw", "--state-dtype", "8bit"], "--state-dtype 8bit works with --optimizer zeroadam"),
+        (["--plot", "a.png", "--compare", "/nowhere"], "--compare /nowhere does not exist"),
+        (["--json", "/nowhere/a.json"], "--json /nowhere/a.json: there is no such folder"),
     ],
 )
 def test_wrong_arguments_give_one_message(options: list[str], message: str) -> None:
@@ -132,3 +158,13 @@ def test_the_benchmark_runs_and_finds_equal_parameters(tmp_path: Path) -> None:
     rows = {row["implementation"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
     assert [name for name, row in rows.items() if not row["bitwise"]] == ["zeroadam + bf16 hook"]
     assert rows["zeroadam + hook"]["state, MB"] == pytest.approx(rows["ddp + adamw"]["state, MB"] / 2, rel=1e-3)
+
+
+def test_the_update_is_measured_beside_a_copy(tmp_path: Path) -> None:
+    numbers = ["--kernel", "--params", "0.2", "--steps", "3", "--json", f"{tmp_path}/numbers.json"]
+    done = torchrun(1, f"{ROOT}/launch/benchmark.py", *numbers)
+    assert done.returncode == 0, done.stderr
+    rows = {row["update"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
+    assert len(rows) == 8
+    assert rows["zeroadam, bfloat16 + master"]["bytes per parameter"] == pytest.approx(30, rel=0.05)
+    assert all(row["of a copy's"] > 0 for row in rows.values())

@@ -299,10 +299,14 @@ def state_bytes() -> dict[str, float]:
         "float32": (torch.float32, {}),
         "bfloat16": (torch.bfloat16, {}),
         **{way: (torch.bfloat16, options) for way, options in WAYS.items()},
+        "bfloat16 state": (torch.float32, {"state_dtype": torch.bfloat16}),
+        "8-bit state": (torch.float32, {"state_dtype": torch.uint8}),
     }
     found = {}
     for name, (dtype, options) in kinds.items():
-        params = [nn.Parameter(torch.zeros(64, 32, dtype=dtype)), nn.Parameter(torch.zeros(128, dtype=dtype))]
+        params = [nn.Parameter(torch.zeros(256, 512, dtype=dtype))]
+        if name != "8-bit state":  # which vectors do not have
+            params.append(nn.Parameter(torch.zeros(128, dtype=dtype)))
         optimizer = ZeroAdamW(params, **options)
         set_gradients(0, params)
         optimizer.step()
@@ -323,9 +327,11 @@ def test_bytes_per_parameter_are_those_of_the_readme(run_ranks, world_size: int)
             "bfloat16": "bfloat16",
             "master": "bfloat16, `master_dtype=torch.float32`",
             "remainder": "bfloat16, and `store_param_remainders=True`",
+            "bfloat16 state": "float32, `state_dtype=torch.bfloat16`",
+            "8-bit state": "float32, `state_dtype=torch.uint8`",
         }.items():
             row = next(row for row in rows if row[0] == label)
-            assert f"{counted[name]:g} N" == row[column], name
+            assert f"{counted[name]:.3g} N" == row[column], name
 
 
 def wrong_arguments() -> None:

@@ -57,7 +57,8 @@ def test_rounding_does_not_favour_a_neighbour_at_any_one_step() -> None:
     for step in (1, 2, 3, 1000):
         error = stochastic(value, step).float() - value
         unit = value.abs().log2().floor().exp2() * 2**-7
-        assert abs((error / unit).mean()) < 5 * math.sqrt(1 / 6) / 2**10  # five deviations of the mean
+        # Five deviations of a mean over the some 2,000 pairs of neighbours where most numbers are.
+        assert abs((error / unit).mean()) < 5 * math.sqrt(1 / 6 / 2000)
 
 
 def test_what_is_no_number_stays_what_it_is() -> None:
@@ -225,8 +226,8 @@ def round_trips(state: str) -> None:
     again.load_state_dict(saved[0])  # what has been rounded is hardly rounded once more
     for p, moments in zip(again.param_groups[0]["params"], before, strict=True):
         for name, found in moments_of(again, p).items():
-            # bitsandbytes on the CPU is not exact among the smallest of its 256 numbers, less than 1e-6 each.
-            torch.testing.assert_close(found, moments[name], rtol=0, atol=2e-6 * float(found.abs().max()))
+            # On the CPU, bitsandbytes does not always take the nearest of the smallest of its 256 numbers.
+            torch.testing.assert_close(found, moments[name], rtol=0, atol=1e-4 * float(found.abs().max()))
     _, whole = trained(1, master_dtype=torch.float32)
     whole.load_state_dict(saved[0])
     for p, moments in zip(whole.param_groups[0]["params"], before, strict=True):
@@ -279,6 +280,18 @@ def wrong_arguments() -> None:
     sys.modules["bitsandbytes.functional"] = None  # type: ignore[assignment]  # as if it were not installed
     with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'zeroadam\[8bit\]'"):
         ZeroAdamW(params, state_dtype=torch.uint8)
+
+
+def divided_blocks() -> None:
+    zeroadam.precision.WORLD_SIZES = (1, 2, 4)  # type: ignore[assignment]
+    with pytest.raises(
+        ValueError, match=r"on 3 ranks would cut the rows of a parameter of shape \(64, 256\).* \(1, 2, 4\)"
+    ):
+        ZeroAdamW([nn.Parameter(torch.ones(64, 256))], state_dtype=torch.uint8)
+
+
+def test_a_number_of_ranks_that_would_divide_blocks_is_refused(run_ranks) -> None:
+    run_ranks(divided_blocks, 3)
 
 
 def test_wrong_arguments_raise_on_every_rank(run_ranks) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from benchmark import memory, start_peak
+from measure import memory, start_peak
 from test_optimizer import assert_same, parameters, set_gradients
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -229,7 +229,7 @@ MISFITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (without("max_exp_avg_sq"), "the state of parameter a1 does not fit: it has no max_exp_avg_sq"),
     (
         lambda d: d["state"][7].update(exp_avg=torch.zeros(3)),
-        r"exp_avg has shape \(3,\), the parameter has \(3, 4096\)",
+        r"exp_avg has shape \(3,\), not \(3, 4096\) as the parameter asks for",
     ),
     (cast_back, r"parameter a12 does not fit: exp_avg_sq is torch.float32, the parameter is torch.bfloat16"),
     (lambda d: d["state"].update({99: {}}), "has state of 99, which is in none of its groups"),

@@ -19,7 +19,7 @@ from zeroadam.collectives import all_gather, is_gloo
 from zeroadam.comm_hook import Reduction
 from zeroadam.guard import mark_held, summed_over
 from zeroadam.join import StepAlong, refuse_in_join
-from zeroadam.precision import Precision, bitsandbytes, compute_dtype, precision
+from zeroadam.precision import Precision, bitsandbytes, check_blocks, compute_dtype, precision
 from zeroadam.shard import shard
 from zeroadam.state import choose_kernel, new_state
 from zeroadam.state_dict import Kept, Loading, ShardedState, describe_state, empty_state, gather_state, prepare_loading
@@ -59,7 +59,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     Building the optimizer and `add_param_group` are collectives of the process group. Both raise on every rank:
         RuntimeError: ranks that disagree on parameters, their values or hyper-parameters; no process group.
         ValueError: no parameters, complex or already sharded ones, `differentiable=True`; what torch's Adam refuses;
-            another `master_dtype` or `state_dtype`, or remainders without the first.
+            another `master_dtype` or `state_dtype`, or remainders without the first; 8-bit moments for another W than
+            1 to 8, 16, 32 or 64 that would cut blocks, or without bitsandbytes.
     """
 
     def __init__(
@@ -332,6 +333,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     def _add_valid(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         check_supported(self.param_groups[-1], len(self.param_groups) - 1)
+        if self.state_dtype == torch.uint8:
+            check_blocks(self.param_groups[-1]["params"], self.world_size)
         choose_kernel(self.param_groups[-1])
 
     def _hold(self, first: int) -> None:

@@ -2,12 +2,12 @@
 
 Moments may be kept in bfloat16, rounded stochastically, or in 8 bits, in blocks that each have a scale (Dettmers et
 al., arXiv:2110.02861), with the kernels of bitsandbytes. Adam computes in float32 then. Neither depends on how the
-parameter is cut: random bits are made of the number that is rounded, and a block lies within a row.
+parameter is cut: random bits are made of what is rounded, and a block lies within a row.
 """
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,16 @@ def block_numel(param: Tensor) -> int | None:
     return next((numel for numel in BLOCK_NUMELS if row and row % numel == 0), None)
 
 
+def check_blocks(params: Iterable[Tensor], world_size: int) -> None:
+    """Raise ValueError if the cut over this many ranks would divide blocks."""
+    for param in params:
+        if block_numel(param) and shard_dim(param.shape, world_size) != 0:
+            raise ValueError(
+                f"state_dtype=torch.uint8 on {world_size} ranks would cut the rows of a parameter of shape "
+                f"{tuple(param.shape)}, and its blocks with them: train on one of {WORLD_SIZES} ranks"
+            )
+
+
 def stored_names(moment: str, dtype: torch.dtype) -> tuple[str, ...]:
     """Under which names `moment` is in the state."""
     return (moment + CODES, moment + SCALES) if dtype == torch.uint8 else (moment,)
@@ -95,15 +105,16 @@ def convert_moment(given: Mapping[str, Tensor], moment: str, param: Tensor, kept
 def round_stochastically(value: Tensor, into: Tensor, step: Tensor, room: Tensor) -> None:
     """Store float32 [n] as bfloat16: up or down with the probability that keeps the mean.
 
-    The 16 random bits are a multiplicative hash of the number itself, shifted from step to step by a golden ratio: over
-    the steps they are spread more evenly than chance would spread them, and every rank and every W gets the same.
+    The 16 random bits are a multiplicative hash of the number below, shifted from step to step by a golden ratio: over
+    the steps they are spread more evenly than chance would spread them, every rank and every W gets the same, and
+    another last bit of the number hardly ever matters.
 
     step: [], counted already. room: for an int32 [n].
     """
     value = quiet(value)
     bits = value.view(torch.int32)
     shift = step.to(torch.int64).mul(_GOLDEN).to(torch.int32)
-    torch.mul(bits, _HASH, out=room).add_(shift).bitwise_right_shift_(16).add_(0x8000)
+    torch.bitwise_right_shift(bits, 16, out=room).mul_(_HASH).add_(shift).bitwise_right_shift_(16).add_(0x8000)
     into.view(torch.int16).copy_(room.add_(bits).bitwise_right_shift_(16))
 
 

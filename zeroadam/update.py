@@ -2,8 +2,10 @@
 
 For each block the gradient is cast and divided, Adam runs, and what is kept in fewer bits is rounded, before the next
 block is touched: all of it in one trip through memory, and in the same few megabytes of cache for what lies between.
+On CUDA a kernel of our own does the same, in place of torch's fused one; without Triton torch's does, after the casts.
 """
 
+import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +17,11 @@ from torch.optim.adam import adam
 from zeroadam.bucket import flat
 from zeroadam.master import MASTERS, follow, join, split
 from zeroadam.precision import CODES, SCALES, dequantize, quantize, round_stochastically
+
+if torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    from zeroadam import triton_update
+else:
+    triton_update = None  # type: ignore[assignment]
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 STATE = ("step", *(moment + suffix for moment in MOMENTS for suffix in ("", CODES, SCALES)), *MASTERS)
@@ -51,6 +58,10 @@ class Room:
 
 def update(pieces: Sequence[Piece], group: dict[str, Any]) -> None:
     """One step of Adam on every piece, in place on `param` and `state`; `grad` stays as it is."""
+    if triton_update is not None and pieces and pieces[0].param.is_cuda:
+        fits = [triton_update.fits(piece, group) for piece in pieces]
+        triton_update.update([piece for piece, fit in zip(pieces, fits, strict=True) if fit], group)
+        pieces = [piece for piece, fit in zip(pieces, fits, strict=True) if not fit]
     room = Room()
     block: list[Piece] = []
     numel = 0
@@ -101,8 +112,10 @@ def _update_block(block: Sequence[Piece], group: dict[str, Any], room: Room) -> 
             own = room.take("grad", weight, weight.dtype, numel)
             if piece.divisor == 1 or grad.dtype != own.dtype:
                 grad = own.copy_(grad)
-            if piece.divisor > 1:
+            if piece.divisor & (piece.divisor - 1):
                 grad = torch.div(grad, piece.divisor, out=own)
+            elif piece.divisor > 1:  # by a power of two, to the bit the same, and faster
+                grad = torch.mul(grad, 1 / piece.divisor, out=own)
         weights.append(weight)
         grads.append(grad)
         state["step"].append(piece.state["step"])

@@ -1,0 +1,236 @@
+"""The Triton kernel does what the CPU does; under Triton's interpreter where there is no GPU."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zeroadam.master import join, split
+from zeroadam.update import Piece, update
+
+pytest.importorskip("triton", reason="Triton is not installed")
+CUDA = torch.cuda.is_available()
+GROUP: dict[str, Any] = {
+    "lr": 1e-2,
+    "betas": (0.9, 0.99),
+    "eps": 1e-6,
+    "weight_decay": 0.1,
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": False,
+    "capturable": False,
+    "fused": True,
+    "decoupled_weight_decay": True,
+}
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        if not CUDA:
+            patch.setenv("TRITON_INTERPRET", "1")  # read where the kernel is defined, and where it is called
+        import zeroadam.triton_update
+
+        yield zeroadam.triton_update
+
+
+def pieces_of(dtype: torch.dtype, kept: str, moments: torch.dtype, amsgrad: bool) -> list[Piece]:
+    """Of several sizes, less and more than a block, with counts of steps of their own."""
+    generator = torch.Generator().manual_seed(0)
+    pieces = []
+    for index, shape in enumerate([(5000,), (3,), (64, 33), (1,), (2048,)]):
+        master = torch.randn(shape, generator=generator)
+        param = master.to(dtype)
+        state = {"step": torch.tensor(float(7 * index)), "exp_avg": torch.randn(shape, generator=generator)}
+        state["exp_avg_sq"] = torch.rand(shape, generator=generator)
+        if amsgrad:
+            state["max_exp_avg_sq"] = torch.rand(shape, generator=generator)
+        state = {name: t.to(moments) if t.dim() else t for name, t in state.items()}
+        if kept == "master":
+            state["master"] = master
+            param[::3] = 0.25  # set by somebody else
+        elif kept == "remainder":
+            state["remainder"] = torch.empty_like(param)
+            split(master, param, state["remainder"], torch.empty_like(param, dtype=torch.int32))
+        compute = torch.float32 if kept or moments != dtype else dtype
+        grad = torch.randn(shape, generator=generator).to(dtype)
+        pieces.append(Piece(param, grad, 1 + 2 * (index % 2), state, compute))
+    return pieces
+
+
+def on_device(pieces: list[Piece]) -> list[Piece]:
+    device = "cuda" if CUDA else "cpu"
+    return [
+        Piece(
+            piece.param.to(device, copy=True),
+            piece.grad.to(device, copy=True),
+            piece.divisor,
+            {name: tensor.to(device, copy=True) for name, tensor in piece.state.items()},
+            piece.compute,
+        )
+        for piece in pieces
+    ]
+
+
+def weight_of(piece: Piece) -> Tensor:
+    if "remainder" in piece.state:
+        return join(piece.param, piece.state["remainder"], torch.empty_like(piece.param, dtype=torch.int32))
+    return piece.state.get("master", piece.param)
+
+
+def assert_close(mine: Tensor, its: Tensor, bound: float, few: float) -> None:
+    """Within the bound, but for a few elements, which are within a hundredth."""
+    far = ~torch.isclose(mine.float(), its.float(), rtol=bound, atol=bound)
+    assert far.sum() <= few
+    torch.testing.assert_close(mine[far], its[far], rtol=0.01, atol=0.01)
+
+
+CASES = [
+    (torch.float32, "", torch.float32),
+    (torch.bfloat16, "", torch.bfloat16),
+    (torch.float16, "", torch.float16),
+    (torch.bfloat16, "master", torch.float32),
+    (torch.float16, "master", torch.float32),
+    (torch.bfloat16, "remainder", torch.float32),
+    (torch.float32, "", torch.bfloat16),
+    (torch.bfloat16, "remainder", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("amsgrad", "maximize", "decoupled"), list(itertools.product([False, True], repeat=3)))
+def test_the_kernel_does_what_the_cpu_does(
+    kernel, case: tuple[torch.dtype, str, torch.dtype], amsgrad: bool, maximize: bool, decoupled: bool
+) -> None:
+    group = {**GROUP, "amsgrad": amsgrad, "maximize": maximize, "decoupled_weight_decay": decoupled}
+    expected = pieces_of(*case, amsgrad)
+    found = on_device(expected)
+    assert all(kernel.fits(piece, group) for piece in found)
+    for _ in range(3):
+        update(expected, group)
+        kernel.update(found, group)
+    dtype, kept, moments = case
+    # A few roundings of the dtype in which Adam runs; where a sum nearly cancels, they count against its terms.
+    eps = torch.finfo(torch.float32 if kept or moments != dtype else dtype).eps
+    for mine, its in zip(on_device(found), expected, strict=True):
+        mine = Piece(mine.param.cpu(), mine.grad.cpu(), 1, {k: v.cpu() for k, v in mine.state.items()}, mine.compute)
+        assert torch.equal(mine.state["step"], its.state["step"])
+        assert torch.equal(mine.grad, its.grad)
+        # Of moments that are rounded stochastically, one in many is rounded otherwise for another last bit.
+        few = mine.param.numel() / 500 if moments == torch.bfloat16 and mine.compute == torch.float32 else 0
+        assert_close(weight_of(mine), weight_of(its), 8 * eps, few)
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            if name in its.state:
+                assert_close(mine.state[name], its.state[name], 8 * eps, few)
+        if kept:  # the parameter is its rounded master, to the bit
+            rounded = torch.empty_like(mine.param)
+            if kept == "master":
+                rounded = mine.state["master"].to(dtype)
+            else:
+                split(weight_of(mine), rounded, torch.empty_like(rounded), torch.empty_like(rounded, dtype=torch.int32))
+            assert torch.equal(mine.param, rounded)
+
+
+def test_stochastic_rounding_is_that_of_the_cpu(kernel) -> None:
+    """Where Adam's own arithmetic is exact, to the bit."""
+    group = {**GROUP, "betas": (0.5, 0.5), "weight_decay": 0.0}
+    generator = torch.Generator().manual_seed(0)
+    moment = torch.randint(1, 2**7, (5000,), generator=generator).to(torch.bfloat16)
+    grad = torch.randint(1, 2**11, (5000,), generator=generator) / 2**9  # 12 + 8 bits are exact in float32
+    state = {"step": torch.tensor(3.0), "exp_avg": moment, "exp_avg_sq": moment.clone()}
+    pieces = [Piece(torch.zeros(5000), grad, 1, state, torch.float32)]
+    found = on_device(pieces)
+    update(pieces, group)
+    kernel.update(found, group)
+    rounded = 0
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(found[0].state[name].cpu(), pieces[0].state[name])
+        exact = (moment.float() + (grad if name == "exp_avg" else grad * grad)) / 2
+        rounded += int((pieces[0].state[name].float() != exact).sum())
+    assert rounded > 1000
+
+
+def test_what_is_no_number_stays_that(kernel) -> None:
+    pieces = pieces_of(torch.bfloat16, "remainder", torch.bfloat16, False)
+    pieces[0].grad[:3] = torch.tensor([math.nan, math.inf, -math.inf])
+    found = on_device(pieces)
+    kernel.update(found, GROUP)
+    assert found[0].param[:3].isnan().all()
+    assert found[0].state["exp_avg"][0].isnan()
+    assert found[0].state["exp_avg"][1:3].tolist() == [math.inf, -math.inf]
+    assert found[0].param[3:].isfinite().all()
+
+
+def test_what_does_not_fit_is_left_to_torch(kernel) -> None:
+    piece = on_device(pieces_of(torch.float32, "", torch.float32, False))[2]
+    assert kernel.fits(piece, GROUP)
+    assert not kernel.fits(piece, {**GROUP, "fused": False})
+    assert not kernel.fits(piece, {**GROUP, "betas": (torch.tensor(0.9), 0.99)})
+    piece.grad = piece.grad.t().contiguous().t()
+    assert not kernel.fits(piece, GROUP)
+    eight = Piece(
+        piece.param, piece.param, 1, {"step": piece.state["step"], "exp_avg_8bit": piece.param}, torch.float32
+    )
+    assert not kernel.fits(eight, GROUP)
+
+
+COMPILE = """
+import itertools, sys
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from zeroadam.triton_update import _kernel
+
+pointers = {"table": "*i64", "blocks": "*i32", "scalars": "*fp32"}
+floats = dict.fromkeys(["beta1", "beta2", "rest1", "rest2", "eps", "weight_decay"], "fp32")
+dtypes = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+param, moment, compute, master = sys.argv[1:]
+constants = {"param_dtype": dtypes[param], "grad_dtype": dtypes[param], "moment_dtype": dtypes[moment]}
+constants |= {"compute_dtype": dtypes[compute], "master": master == "master", "remainder": master == "remainder"}
+constants |= {"amsgrad": True, "maximize": True, "decoupled": True, "aligned": True}
+constants |= {"hash_": 0x85EBCA6B - 2**32, "golden": 0x9E3779B9 - 2**32, "block": 2048}
+signature = {**pointers, **floats, **dict.fromkeys(constants, "constexpr")}
+places = {(_kernel.arg_names.index(name),): value for name, value in constants.items()}
+source = ASTSource(fn=_kernel, signature=signature, constexprs=places)
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+assert len(compiled.asm["cubin"]) > 0
+print("ld.global.v4" in compiled.asm["ptx"], "ld.global.b16" in compiled.asm["ptx"])
+"""
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["fp32 fp32 fp32 none", "bf16 fp32 fp32 master", "bf16 bf16 fp32 remainder", "fp16 fp16 fp16 none"],
+)
+def test_it_compiles_for_a_gpu_and_loads_16_bytes_at_a_time(tmp_path: Path, case: str) -> None:
+    """No GPU is needed for this: Triton brings the assembler."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE, *case.split()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "False"]
+
+
+@pytest.mark.skipif(not CUDA, reason="there is no GPU")
+def test_a_cuda_graph_of_the_kernel(kernel) -> None:
+    group = {**GROUP, "lr": torch.tensor(1e-2, device="cuda"), "capturable": True}
+    expected, found = (on_device(pieces_of(torch.bfloat16, "master", torch.float32, False)) for _ in range(2))
+    kernel.update(found, group)  # the kernel is compiled
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernel.update(found, group)
+    for _ in range(3):
+        graph.replay()
+    for _ in range(4):
+        kernel.update(expected, group)
+    for mine, its in zip(found, expected, strict=True):
+        assert torch.equal(mine.param, its.param)
+        assert torch.equal(mine.state["master"], its.state["master"])

@@ -1,0 +1,227 @@
+"""Adam on CUDA in one trip through memory: one Triton kernel for all pieces of a bucket.
+
+It does what `zeroadam.update` does for one block: follow a parameter that was set, join a master and its remainder,
+cast and divide the gradient, Adam, and round what is kept in fewer bits. It stands in for torch's fused kernel.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zeroadam.precision import _GOLDEN, _HASH, CODES
+
+if TYPE_CHECKING:
+    from zeroadam.update import Piece
+
+BLOCK = 2048
+TENSORS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "remainder", "step")  # after the parameter and gradient
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# Kernels in a CUDA graph go on reading their tables, which must not be freed before the graph.
+_CAPTURED: list[tuple[Tensor, Tensor]] = []
+_TABLES: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+MAX_TABLES = 1000
+
+
+def fits(piece: "Piece", group: dict[str, Any]) -> bool:
+    """Whether the kernel can update this piece: without 8-bit moments, float64, or gaps and other orders in memory."""
+    param, state = piece.param, piece.state
+    tensors = [piece.grad, *(state[name] for name in TENSORS[:-1] if name in state)]
+    return (
+        group["fused"]
+        and not any(isinstance(beta, Tensor) for beta in group["betas"])
+        and "exp_avg" + CODES not in state
+        and all(tensor.dtype in DTYPES and tensor.stride() == param.stride() for tensor in (param, *tensors))
+        and state["step"].device == param.device
+    )
+
+
+def update(pieces: Sequence["Piece"], group: dict[str, Any]) -> None:
+    """One step of Adam on every piece that fits, in place on `param` and `state`."""
+    kinds: dict[Any, list[Piece]] = {}
+    for piece in pieces:
+        dtypes = tuple(piece.state[name].dtype for name in TENSORS if name in piece.state)
+        tensors = [piece.param, piece.grad, *(tensor for name, tensor in piece.state.items() if name != "step")]
+        aligned = piece.param.numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+        kinds.setdefault((aligned, piece.param.dtype, piece.grad.dtype, piece.compute, dtypes), []).append(piece)
+    for (aligned, *_), alike in kinds.items():
+        _update_alike(alike, group, aligned)
+
+
+def _update_alike(pieces: Sequence["Piece"], group: dict[str, Any], aligned: bool) -> None:
+    """Of pieces of the same dtypes; aligned: all lie at multiples of 16 bytes, so that loads may be as wide."""
+    steps = [piece.state["step"] for piece in pieces]
+    torch._foreach_add_(steps, 1)
+    first, (beta1, beta2), lr = pieces[0], group["betas"], group["lr"]
+    # What depends on the count of steps, in float64 as in torch: [pieces] each.
+    step = torch.stack(steps).double()
+    lr = lr.double() if isinstance(lr, Tensor) else lr
+    size, root = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
+    decay = torch.zeros_like(step) + (1 - lr * group["weight_decay"])
+    scalars = torch.stack([size, root, decay], 1).float()
+    table, blocks = _tables(pieces)
+    _kernel[(blocks.shape[0],)](
+        table,
+        blocks,
+        scalars,
+        beta1,
+        beta2,
+        1 - beta1,
+        1 - beta2,
+        group["eps"],
+        group["weight_decay"],
+        param_dtype=DTYPES[first.param.dtype],
+        grad_dtype=DTYPES[first.grad.dtype],
+        moment_dtype=DTYPES[first.state["exp_avg"].dtype],
+        compute_dtype=DTYPES[first.compute],
+        master="master" in first.state,
+        remainder="remainder" in first.state,
+        amsgrad=group["amsgrad"],
+        maximize=group["maximize"],
+        decoupled=group["decoupled_weight_decay"],
+        aligned=aligned,
+        hash_=_HASH,
+        golden=_GOLDEN,
+        block=BLOCK,
+    )
+
+
+def _tables(pieces: Sequence["Piece"]) -> tuple[Tensor, Tensor]:
+    """Where everything is, int64 [pieces, 10], and which block is whose and where in it, int32 [blocks, 2]."""
+    rows = []
+    for piece in pieces:
+        tensors = [piece.param, piece.grad, *(piece.state.get(name) for name in TENSORS)]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        rows.append((*addresses, piece.param.numel(), piece.divisor))
+    key = tuple(number for row in rows for number in row)
+    if key not in _TABLES:
+        while len(_TABLES) >= MAX_TABLES:
+            del _TABLES[next(iter(_TABLES))]
+        blocks = [(i, start) for i, piece in enumerate(pieces) for start in range(-(-piece.param.numel() // BLOCK))]
+        device = pieces[0].param.device
+        _TABLES[key] = (
+            torch.tensor(rows, dtype=torch.int64, device=device),
+            torch.tensor(blocks, dtype=torch.int32, device=device),
+        )
+    if pieces[0].param.is_cuda and torch.cuda.is_current_stream_capturing():
+        _CAPTURED.append(_TABLES[key])
+    return _TABLES[key]
+
+
+@triton.jit
+def _at(row, column: tl.constexpr, dtype: tl.constexpr, offsets, aligned: tl.constexpr):
+    start = tl.load(row + column).to(tl.pointer_type(dtype))
+    if aligned:
+        start = tl.multiple_of(start, 16)
+    return start + offsets
+
+
+@triton.jit
+def _quiet(value):
+    """Every NaN is one to whose bits 2^16 can be added."""
+    return tl.where(value != value, float("nan"), value)
+
+
+@triton.jit
+def _round(value, dtype: tl.constexpr):
+    """float32 to the nearest of a dtype; in bits for bfloat16, as Triton's interpreter would cut them off."""
+    if dtype == tl.bfloat16:
+        bits = _quiet(value).to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
+def _round_moment(value, dtype: tl.constexpr, stochastic: tl.constexpr, shift, hash_: tl.constexpr):
+    if stochastic:
+        bits = _quiet(value).to(tl.int32, bitcast=True)
+        noise = (((bits >> 16) * hash_ + shift) >> 16) + 0x8000
+        return ((bits + noise) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return _round(value, dtype)
+
+
+@triton.jit
+def _kernel(
+    table,
+    blocks,
+    scalars,
+    beta1,
+    beta2,
+    rest1,
+    rest2,
+    eps,
+    weight_decay,
+    param_dtype: tl.constexpr,
+    grad_dtype: tl.constexpr,
+    moment_dtype: tl.constexpr,
+    compute_dtype: tl.constexpr,
+    master: tl.constexpr,
+    remainder: tl.constexpr,
+    amsgrad: tl.constexpr,
+    maximize: tl.constexpr,
+    decoupled: tl.constexpr,
+    aligned: tl.constexpr,
+    hash_: tl.constexpr,
+    golden: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Programs: one for each row of `blocks`. As in torch, arithmetic is float32 whatever the dtypes."""
+    index = tl.program_id(0).to(tl.int64)
+    piece = tl.load(blocks + 2 * index).to(tl.int64)
+    offsets = tl.load(blocks + 2 * index + 1).to(tl.int64) * block + tl.arange(0, block)
+    row = table + piece * 10
+    numel = tl.load(row + 8)
+    if aligned:
+        numel = tl.multiple_of(numel, 16)
+    mask = offsets < numel
+    size, root = tl.load(scalars + piece * 3), tl.load(scalars + piece * 3 + 1)
+
+    param_at = _at(row, 0, param_dtype, offsets, aligned)
+    param = tl.load(param_at, mask=mask)
+    if remainder:
+        remainder_at = _at(row, 6, tl.int16, offsets, aligned)
+        low = tl.load(remainder_at, mask=mask).to(tl.int32)
+        weight = ((param.to(tl.int16, bitcast=True).to(tl.int32) << 16) + low).to(tl.float32, bitcast=True)
+    elif master:
+        master_at = _at(row, 5, tl.float32, offsets, aligned)
+        held = tl.load(master_at, mask=mask)
+        weight = tl.where(_round(held, param_dtype) == param, held, param.to(tl.float32))
+    else:
+        weight = param.to(tl.float32)
+
+    grad = tl.load(_at(row, 1, grad_dtype, offsets, aligned), mask=mask).to(tl.float32)
+    grad = _round(tl.div_rn(grad, tl.load(row + 9).to(tl.float32)), compute_dtype).to(tl.float32)
+    if maximize:
+        grad = -grad
+    if decoupled:
+        weight *= tl.load(scalars + piece * 3 + 2)
+    else:
+        grad += weight * weight_decay
+
+    first_at, second_at = _at(row, 2, moment_dtype, offsets, aligned), _at(row, 3, moment_dtype, offsets, aligned)
+    first = beta1 * tl.load(first_at, mask=mask).to(tl.float32) + rest1 * grad
+    second = beta2 * tl.load(second_at, mask=mask).to(tl.float32) + rest2 * grad * grad
+    largest = second
+    if amsgrad:
+        largest_at = _at(row, 4, moment_dtype, offsets, aligned)
+        largest = tl.maximum(tl.load(largest_at, mask=mask).to(tl.float32), second, propagate_nan=tl.PropagateNan.ALL)
+    weight -= size * tl.div_rn(first, tl.div_rn(tl.sqrt_rn(largest), root) + eps)
+
+    stochastic: tl.constexpr = moment_dtype == tl.bfloat16 and compute_dtype == tl.float32
+    shift = tl.load(tl.load(row + 7).to(tl.pointer_type(tl.float32))).to(tl.int32) * golden
+    tl.store(first_at, _round_moment(first, moment_dtype, stochastic, shift, hash_), mask=mask)
+    tl.store(second_at, _round_moment(second, moment_dtype, stochastic, shift, hash_), mask=mask)
+    if amsgrad:
+        tl.store(largest_at, _round_moment(largest, moment_dtype, stochastic, shift, hash_), mask=mask)
+
+    if remainder:
+        bits = _quiet(weight).to(tl.int32, bitcast=True)
+        tl.store(remainder_at, bits.to(tl.int16), mask=mask)
+        tl.store(param_at, ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        if master:
+            tl.store(master_at, weight, mask=mask)
+        tl.store(param_at, _round(weight, param_dtype), mask=mask)
