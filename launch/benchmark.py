@@ -18,87 +18,58 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from measure import now
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DistributedDataParallel
-from train import GPT, state_bytes
-
-from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
-
-REFERENCE = "ddp + adamw"
-OPTIONS = {"lr": 1e-3, "weight_decay": 0.1, "fused": True}
+from implementations import REFERENCE, Implementation, installed
+from measure import memory, start_peak
+from train import GPT
 
 
-class Implementation:
-    """A model under DDP with its optimizer, and the seconds of its steps on this rank."""
-
-    def __init__(self, name: str, args: argparse.Namespace, device: torch.device) -> None:
-        self.name = name
-        torch.manual_seed(0)
-        gpt = GPT(args.width, args.layers, args.width // 64, args.context).to(device)
-        self.model = DistributedDataParallel(gpt, gradient_as_bucket_view=True)
-        params = list(self.model.parameters())
-        if name == REFERENCE:
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(params, **OPTIONS)
-        elif name == "zero_redundancy":
-            self.optimizer = ZeroRedundancyOptimizer(
-                params, torch.optim.AdamW, parameters_as_bucket_view=True, **OPTIONS
-            )
-        else:
-            self.optimizer = ZeroAdamW(params, **OPTIONS)
-            if name != "zeroadam":
-                hook = bf16_reduce_scatter_hook if name == "zeroadam + bf16 hook" else reduce_scatter_hook
-                self.model.register_comm_hook(self.optimizer, hook)
-        self.seconds: list[tuple[float, float, float]] = []  # forward and backward, step, CPU time of both
-
-    def step(self, tokens: torch.Tensor) -> None:
-        dist.barrier()
-        start, cpu = now(tokens.device), time.process_time()
-        F.cross_entropy(self.model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        middle = now(tokens.device)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.seconds.append((middle - start, now(tokens.device) - middle, time.process_time() - cpu))
+def measured(implementation: Implementation, warmup: int, device: torch.device) -> dict[str, list[float]]:
+    """Of every measured step, the most that any rank took."""
+    rows = [list(step.values()) for step in implementation.steps[warmup:]]
+    table = torch.tensor(rows, device=device, dtype=torch.float64).T.contiguous()
+    dist.all_reduce(table, dist.ReduceOp.MAX)
+    return dict(zip(implementation.steps[0], table.tolist(), strict=True))
 
 
-def slowest(implementation: Implementation, warmup: int) -> list[list[float]]:
-    """Of every measured step, the most that any rank took: [wall, forward and backward, step, CPU] x [steps]."""
-    rows = [[fb + step, fb, step, cpu] for fb, step, cpu in implementation.seconds[warmup:]]
-    device = next(implementation.model.parameters()).device
-    seconds = torch.tensor(rows, device=device).T.contiguous()
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return seconds.tolist()
-
-
-def results(implementations: list[Implementation], warmup: int) -> list[dict[str, Any]]:
-    reference = implementations[0]
-    reference_seconds = slowest(reference, warmup)
+def results(
+    implementations: list[Implementation], args: argparse.Namespace, device: torch.device
+) -> list[dict[str, Any]]:
+    reference = measured(implementations[0], args.warmup, device)
+    expected = implementations[0].parameters()
+    numel = sum(param.numel() for param in expected)
     rows = []
     for implementation in implementations:
-        seconds = slowest(implementation, warmup)
-        ratios = sorted(mine / its for mine, its in zip(seconds[0], reference_seconds[0], strict=True))
-        cpu = [mine / its for mine, its in zip(seconds[3], reference_seconds[3], strict=True)]
-        pairs = zip(implementation.model.parameters(), reference.model.parameters(), strict=True)
+        found = measured(implementation, args.warmup, device)
+        ratios = sorted(mine / its for mine, its in zip(found["wall"], reference["wall"], strict=True))
+        cpu = [mine / its for mine, its in zip(found["CPU"], reference["CPU"], strict=True)]
+        bitwise = [torch.equal(mine, its) for mine, its in zip(implementation.parameters(), expected, strict=True)]
         rows.append(
             {
                 "implementation": implementation.name,
                 "ratio": statistics.median(ratios),
-                "ratio p10": ratios[len(ratios) // 10],
-                "ratio p90": ratios[len(ratios) * 9 // 10],
+                "p10": ratios[len(ratios) // 10],
+                "p90": ratios[len(ratios) * 9 // 10],
                 "CPU ratio": statistics.median(cpu),
-                "ms": 1000 * statistics.median(seconds[0]),
-                "forward and backward, ms": 1000 * statistics.median(seconds[1]),
-                "step, ms": 1000 * statistics.median(seconds[2]),
-                "state, MB": state_bytes(implementation.optimizer) / 1e6,
-                "bitwise": all(torch.equal(mine, its) for mine, its in pairs),
+                "ms": 1000 * statistics.median(found["wall"]),
+                "forward, backward, ms": 1000 * statistics.median(found["forward and backward"]),
+                "step, ms": 1000 * statistics.median(found["step"]),
+                "CPU, ms": 1000 * statistics.median(found["CPU"]),
+                "sent, bytes/param": statistics.median(found["sent"]) / local_ranks() / numel,
+                "state, MB": implementation.state_bytes() / 1e6,
+                "peak, MB": implementation.peak / 1e6,
+                "bitwise": all(bitwise),
             }
         )
     return rows
 
 
+def local_ranks() -> int:
+    """That share this one's network interfaces."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+
+
 def main() -> None:
-    names = [REFERENCE, "zero_redundancy", "zeroadam", "zeroadam + hook", "zeroadam + bf16 hook"]
+    names = installed()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30, help="measured, after --warmup")
     parser.add_argument("--warmup", type=int, default=3)
@@ -106,7 +77,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=1, help="sequences per rank")
-    parser.add_argument("--only", nargs="+", choices=names[1:], default=names[1:], help=f"besides {REFERENCE}")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="NAME",
+        help=f"besides {REFERENCE}: {'; '.join(names[1:])}",
+    )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="time saving and loading instead, in this folder"
     )
@@ -137,16 +115,25 @@ def main() -> None:
                 show(rows, numel, args, f"{args.steps} rounds in {args.checkpoint}")
         leave()
         return
-    implementations = [Implementation(name, args, device) for name in (REFERENCE, *args.only)]
     data = torch.Generator().manual_seed(dist.get_rank())
-    for step in range(args.warmup + args.steps):
-        tokens = torch.randint(256, (args.batch_size, args.context + 1), generator=data).to(device)
+    batches = [
+        torch.randint(256, (args.batch_size, args.context + 1), generator=data).to(device)
+        for _ in range(args.warmup + args.steps)
+    ]
+    implementations = []
+    for name in (REFERENCE, *(name for name in args.only if name != REFERENCE)):
+        before = start_peak()  # alone, before the next is built
+        implementations.append(Implementation(name, args, device))
+        for tokens in batches[: args.warmup]:
+            implementations[-1].step(tokens)
+        implementations[-1].peak = memory("VmHWM") - before
+    for step, tokens in enumerate(batches[args.warmup :]):
         turn = step % len(implementations)
         for implementation in implementations[turn:] + implementations[:turn]:
             implementation.step(tokens)
-    rows = results(implementations, args.warmup)
+    rows = results(implementations, args, device)
     if dist.get_rank() == 0:
-        numel = sum(param.numel() for param in implementations[0].model.parameters())
+        numel = sum(param.numel() for param in implementations[0].parameters())
         show(rows, numel, args, f"{args.steps} steps; ratios to {REFERENCE}")
     leave()
 

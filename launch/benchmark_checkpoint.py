@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from benchmark import Implementation
 from checkpoints import Checkpoints, Run
+from implementations import Implementation
 from measure import io_bytes, memory, start_peak
 from torch.optim.lr_scheduler import LambdaLR
 

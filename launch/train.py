@@ -23,6 +23,7 @@ import time
 from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -264,17 +265,8 @@ def draw(args: argparse.Namespace, done: Progress, held: list[int], full: int) -
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), width_ratios=[2, 1], layout="constrained")
-    left.plot(range(1, len(done.losses) + 1), done.losses, linewidth=1, alpha=0.4, label="training", color="gray")
-    runs = [
-        {"name": name_of(args), "held_out": done.held_out},
-        *(json.loads(file.read_text()) for file in args.compare),
-    ]
-    for number, run in enumerate(runs):
-        label = "held out" if len(runs) == 1 else f"held out, {run['name']}: {run['held_out'][-1][1]:.4f}"
-        left.plot(*zip(*run["held_out"], strict=True), marker=".", linestyle=["-", "--", ":"][number % 3], label=label)
-    if len(runs) > 1:  # they differ little beside where they began
-        ends = [loss for run in runs for _, loss in run["held_out"][len(run["held_out"]) // 2 :]]
-        left.set_ylim(min(ends) - 0.02, max(ends) + 0.02)
+    left.plot(range(1, len(done.losses) + 1), done.losses, linewidth=1, alpha=0.6, label="training")
+    left.plot(*zip(*done.held_out, strict=True), marker="o", label="held out")
     left.set(xlabel="step", ylabel="loss, nats per byte", title=f"{args.optimizer} on {len(held)} ranks")
     left.legend()
     bars = right.bar(["AdamW", *(f"rank {rank}" for rank in range(len(held)))], [b / 2**20 for b in (full, *held)])
@@ -283,6 +275,27 @@ def draw(args: argparse.Namespace, done: Progress, held: list[int], full: int) -
     right.set(ylabel="MiB", title="optimizer state per rank")
     right.tick_params(axis="x", rotation=90 if len(held) > 4 else 0)
     figure.savefig(args.plot, dpi=120)
+
+
+def draw_runs(file: Path, runs: list[dict[str, Any]]) -> None:
+    """Held-out losses beside each other, from half of the run on, as they differ little beside where they began."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=[3, 2], layout="constrained")
+    for number, run in enumerate(runs):
+        half = run["held_out"][len(run["held_out"]) // 2 :]
+        left.plot(*zip(*half, strict=True), marker=".", color=f"C{number}")
+        name = f"{run['name']}\n{half[-1][1]:.4f} nats"
+        bar = right.barh([name], [max(state for state, _ in run["state"]) / 2**20], color=f"C{number}")
+        right.bar_label(bar, fmt=" %.1f", padding=1)
+    left.set(xlabel="step", ylabel="loss held out, nats per byte")
+    right.invert_yaxis()
+    right.margins(x=0.15)
+    right.set(xlabel="MiB of optimizer state per rank")
+    figure.savefig(file, dpi=120)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -380,13 +393,15 @@ def train(args: argparse.Namespace) -> None:
         print(f"\n{gpt.sample(prompt, args.sample, torch.Generator().manual_seed(args.seed))}")
         if writer is not None:
             writer.close()
+        this_run = {"name": name_of(args), "losses": done.losses, "held_out": done.held_out, "state": per_rank}
         if args.json:
-            args.json.write_text(
-                json.dumps({"name": name_of(args), "losses": done.losses, "held_out": done.held_out, "state": per_rank})
-            )
-        if args.plot:
+            args.json.write_text(json.dumps(this_run))
+        if args.plot and args.compare:
+            draw_runs(args.plot, [this_run, *(json.loads(file.read_text()) for file in args.compare)])
+        elif args.plot:
             full = sum(2 * p.nbytes for p in gpt.parameters())
             draw(args, done, [state for state, _ in per_rank], full)
+        if args.plot:
             print(f"\nwrote {args.plot}")
     # torch can deadlock (pytorch#56297) when a gloo group goes away while one of its threads, just done with a
     # collective, waits for the interpreter's lock to free its tensors. Sleeping lets them finish.

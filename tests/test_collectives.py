@@ -26,9 +26,8 @@ def gather(numels: list[int]) -> None:
     for shift in range(6):  # several under way at once
         rows = [torch.full((n,), float(r + shift if r == rank else -1)) for r, n in enumerate(numels)]
         gathers.append((shift, rows, all_gather([rows], dist.group.WORLD)))
-    for shift, rows, works in gathers:
-        for work in works:
-            work.wait()
+    for shift, rows, wait in gathers:
+        wait()
         assert all(bool((row == r + shift).all()) for r, row in enumerate(rows))
 
 
@@ -89,7 +88,7 @@ def test_bytes_on_the_wire(what: str, bytes_per_element: int, world_size: int, t
     Counted on a loopback interface of its own, where nobody else sends. TCP adds some 0.2 % for headers and answers.
     """
     command = f"ip link set lo up && exec {sys.executable} {__file__} {what} {world_size} {tmp_path}"
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "ZEROADAM_SHARED_MEMORY": "0"}
     subprocess.run(["unshare", "-rn", "sh", "-c", command], check=True, env=environment, timeout=100)
     payload = (world_size - 1) / world_size * NUMEL * bytes_per_element
     counted = float((tmp_path / "out").read_text())

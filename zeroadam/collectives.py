@@ -5,7 +5,8 @@ sent directly. So on gloo every rank sends each of the others its row, and sums 
 order: they do not depend on timing or on what else is sent. Other backends use their own collectives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,8 @@ def is_gloo(process_group: dist.ProcessGroup, device_type: str) -> bool:
     return backends[device_type] == "gloo"
 
 
-def all_gather(exchanges: Sequence[Sequence[Tensor]], process_group: dist.ProcessGroup) -> list[dist.Work]:
-    """Start to send row `rank` to every rank and to receive the others; done when the works have been waited for.
+def all_gather(exchanges: Sequence[Sequence[Tensor]], process_group: dist.ProcessGroup) -> Callable[[], None]:
+    """Start to send row `rank` to every rank and to receive the others; returns what waits for it.
 
     exchanges: any number of lists of W dense 1-D rows, [n_r] of rank r on every rank. Backends other than gloo need
     the rows of one list to have one length and to follow each other in memory.
@@ -44,15 +45,15 @@ def all_gather(exchanges: Sequence[Sequence[Tensor]], process_group: dist.Proces
             for source, row in enumerate(rows):
                 if row.numel() > 0:
                     works.append(dist.broadcast(row, group=process_group, group_src=source, async_op=True))
-    return [work for work in works if work is not None]
+    return partial(_wait, works)
 
 
 def reduce_scatter(
     exchanges: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]], process_group: dist.ProcessGroup
-) -> list[dist.Work]:
-    """Start to send row r to rank r and to receive this rank's row from all; `sum_rows` when the works are done.
+) -> Callable[[], list[Tensor]]:
+    """Start to send row r to rank r and to receive this rank's row from all; returns what waits and gives the sums.
 
-    exchanges: lists of W dense 1-D rows, [n_r] for rank r; unchanged until the works have been waited for.
+    exchanges: lists of W dense 1-D rows, [n_r] for rank r; unchanged until the sums are there: [n_rank] of each list.
     received: for each of them, on gloo W - 1 rows [n_rank] to receive into; else none, and the sum is in row `rank`.
     """
     rank, device_type = process_group.rank(), exchanges[0][0].device.type
@@ -71,7 +72,12 @@ def reduce_scatter(
             dist.all_to_all_single(gathered, sent, [sizes[rank]] * len(rows), sizes, group=process_group)
             for row, part in zip(incoming, gathered.view(len(rows), -1), strict=True):
                 row.copy_(part)
-    return [work for work in works if work is not None]
+
+    def finish() -> list[Tensor]:
+        _wait(works)
+        return [sum_rows(rows[rank], others, rank) for rows, others in zip(exchanges, received, strict=True)]
+
+    return finish
 
 
 def sum_rows(own: Tensor, received: Sequence[Tensor], rank: int) -> Tensor:
@@ -117,6 +123,12 @@ def gather(piece: Tensor, pieces: Sequence[Tensor], to: int, process_group: dist
             process_group.recv([message], source, TAG).wait()
         if not direct:
             target.copy_(received)
+
+
+def _wait(works: Sequence[dist.Work | None]) -> None:
+    for work in works:
+        if work is not None:
+            work.wait()
 
 
 def _backends(process_group: dist.ProcessGroup) -> dict[str, str]:

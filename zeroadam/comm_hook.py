@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zeroadam.bucket import Bucket, is_dense, split_by_size
-from zeroadam.collectives import is_gloo, reduce_scatter, sum_rows
+from zeroadam.collectives import is_gloo, reduce_scatter
 from zeroadam.guard import HELD, REDUCED, Reduced
 from zeroadam.join import in_join
+from zeroadam.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
     from zeroadam.optimizer import ZeroAdam
@@ -53,8 +54,8 @@ def bf16_reduce_scatter_hook(optimizer: "ZeroAdam", bucket: dist.GradBucket) -> 
 class Reduction:
     """What is being reduced, a few MB at a time, while backward goes on."""
 
-    def __init__(self, process_group: dist.ProcessGroup) -> None:
-        self.process_group = process_group
+    def __init__(self, process_group: dist.ProcessGroup, shared: SharedMemory | None) -> None:
+        self.process_group, self.shared = process_group, shared
         self.rank, self.world_size = process_group.rank(), process_group.size()
         self.under_way: deque[_Part] = deque()
         self.finished: list[_Part] = []
@@ -179,7 +180,8 @@ class _Part:
         self.params, self.grads, self.slot, self.reduced = params, grads, slot, reduced
         self.process_group, self.rank = reduction.process_group, reduction.rank
         self.gloo = is_gloo(self.process_group, grads[0].device.type)
-        self.senders = reduction.world_size - 1 if self.gloo else 0
+        self.shared = reduction.shared if grads[0].device.type == "cpu" else None
+        self.senders = reduction.world_size - 1 if self.gloo and self.shared is None else 0
         self.pieces = Bucket(grads, 0, self.rank, reduction.world_size, equal_rows=not self.gloo, wire_dtype=wire_dtype)
         self.received_numels = [self.senders * rows[self.rank].numel() for rows in self.pieces.direct_rows]
         if self.pieces.packed:
@@ -193,7 +195,11 @@ class _Part:
         if memory is not self.memory:
             self._use(memory)
         self.pieces.pack_all()
-        self.works = reduce_scatter(self.pieces.rows(), self.received, self.process_group)
+        rows = self.pieces.rows()
+        if self.shared is not None:
+            self.sums = self.shared.reduce_scatter(rows)
+        else:
+            self.sums = reduce_scatter(rows, self.received, self.process_group)
 
     def _use(self, memory: Tensor) -> None:
         self.memory = memory
@@ -205,11 +211,7 @@ class _Part:
 
     def finish(self) -> None:
         """Wait, and leave the sums in the gradients."""
-        for work in self.works:
-            work.wait()
-        own = [rows[self.rank] for rows in self.pieces.rows()]
-        sums = [sum_rows(row, received, self.rank) for row, received in zip(own, self.received, strict=True)]
-        self.pieces.keep_own(sums)
+        self.pieces.keep_own(self.sums())
         for grad in self.grads:
             if grad.dim() == 0:
                 grad /= self.pieces.world_size

@@ -21,6 +21,7 @@ from zeroadam.guard import mark_held, summed_over
 from zeroadam.join import StepAlong, refuse_in_join
 from zeroadam.precision import Precision, bitsandbytes, check_blocks, compute_dtype, precision
 from zeroadam.shard import shard
+from zeroadam.shared_memory import open_shared_memory
 from zeroadam.state import choose_kernel, new_state
 from zeroadam.state_dict import Kept, Loading, ShardedState, describe_state, empty_state, gather_state, prepare_loading
 from zeroadam.update import STATE, Piece, update
@@ -90,7 +91,6 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self.master_dtype, self.store_param_remainders = master_dtype, store_param_remainders
         self.state_dtype = state_dtype
         self._meshes: dict[str, DeviceMesh] = {}
-        self.reduction = Reduction(self.process_group)  # what reduce_scatter_hook works with
 
         def build() -> Manifest:
             if master_dtype not in (None, torch.float32):
@@ -122,6 +122,10 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             } | describe_groups(self.param_groups, 0, self.defaults)
 
         check_ranks_agree(self.process_group, build)
+        on_cpu = any(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+        use_shared = on_cpu and self.world_size > 1 and is_gloo(self.process_group, "cpu")
+        self.shared = open_shared_memory(self.process_group) if use_shared else None
+        self.reduction = Reduction(self.process_group, self.shared)  # what reduce_scatter_hook works with
         Joinable.__init__(self)
         # Not even for the fused kernel: GradScaler is to unscale gradients itself and step only if they are finite.
         self._step_supports_amp_scaling = False
@@ -163,15 +167,21 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         for bucket in self._buckets:
             bucket.check()
         divisors = {p: summed_over(p, self.process_group) for bucket in self._buckets for p in bucket.params}
-        gathering: deque[tuple[Bucket, list[dist.Work]]] = deque()
+        gathering: deque[tuple[Bucket, Callable[[], None]]] = deque()
         for bucket in self._buckets:
             while bucket.packed and sum(bool(other.packed) for other, _ in gathering) == IN_FLIGHT:
                 _finish(*gathering.popleft())
             self._update(bucket, bucket.pack(), divisors)
-            gathering.append((bucket, all_gather(bucket.rows(), self.process_group)))
+            gathering.append((bucket, self._gather(bucket)))
         while gathering:
             _finish(*gathering.popleft())
         return loss
+
+    def _gather(self, bucket: Bucket) -> Callable[[], None]:
+        """Start to gather what has been updated; returns what waits for it."""
+        if self.shared is not None and bucket.params[0].device.type == "cpu":
+            return self.shared.all_gather(bucket.rows())
+        return all_gather(bucket.rows(), self.process_group)
 
     def _update(self, bucket: Bucket, pieces: Sequence[Tensor], divisors: dict[Tensor, int]) -> None:
         """One step of torch's Adam, in place on `pieces` and their state, [c, ...] each, where there is a gradient."""
@@ -426,7 +436,6 @@ class ZeroAdamW(ZeroAdam):
             group["decoupled_weight_decay"] = True
 
 
-def _finish(bucket: Bucket, works: Sequence[dist.Work]) -> None:
-    for work in works:
-        work.wait()
+def _finish(bucket: Bucket, wait: Callable[[], None]) -> None:
+    wait()
     bucket.unpack()

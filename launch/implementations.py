@@ -1,0 +1,180 @@
+"""What `launch/benchmark.py` compares: the same model trained by each way there is of doing it."""
+
+import argparse
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from measure import now, sent_bytes
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from train import GPT, Block
+
+from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
+
+REFERENCE = "ddp + adamw"
+OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
+
+
+def ddp(gpt: nn.Module) -> DistributedDataParallel:
+    return DistributedDataParallel(gpt, gradient_as_bucket_view=True)
+
+
+def adamw(gpt: nn.Module, **options: Any) -> tuple[nn.Module, Any]:
+    model = ddp(gpt)
+    return model, torch.optim.AdamW(model.parameters(), **OPTIONS, **options)
+
+
+def without_communication(gpt: nn.Module) -> tuple[nn.Module, Any]:
+    """No gradients are exchanged, and each rank trains a model of its own: what the computation alone costs."""
+    return gpt, torch.optim.AdamW(gpt.parameters(), **OPTIONS, fused=True)
+
+
+def zero_redundancy(gpt: nn.Module, view: bool) -> tuple[nn.Module, Any]:
+    model, options = ddp(gpt), {**OPTIONS, "parameters_as_bucket_view": view}
+    return model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **options)
+
+
+def zeroadam(gpt: nn.Module, hook: Callable[..., Any] | None) -> tuple[nn.Module, Any]:
+    model = ddp(gpt)
+    optimizer = ZeroAdamW(model.parameters(), **OPTIONS)
+    if hook is not None:
+        model.register_comm_hook(optimizer, hook)
+    return model, optimizer
+
+
+def fsdp1(gpt: nn.Module) -> tuple[nn.Module, Any]:
+    """Its gradients and state are sharded, its parameters not between forward and backward."""
+    device = next(gpt.parameters()).device
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = FullyShardedDataParallel(
+            gpt,
+            sharding_strategy=ShardingStrategy.SHARD_GRAD_OP,
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            device_id=device,
+            use_orig_params=True,
+        )
+    return model, torch.optim.AdamW(model.parameters(), **OPTIONS, fused=True)
+
+
+def fsdp2(gpt: nn.Module) -> tuple[nn.Module, Any]:
+    mesh = init_device_mesh(next(gpt.parameters()).device.type, (dist.get_world_size(),))
+    for module in gpt.modules():
+        if isinstance(module, Block):
+            fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    fully_shard(gpt, mesh=mesh, reshard_after_forward=False)
+    return gpt, torch.optim.AdamW(gpt.parameters(), **OPTIONS, fused=True)
+
+
+def fairscale(gpt: nn.Module) -> tuple[nn.Module, Any]:
+    from fairscale.optim.oss import OSS
+
+    model = ddp(gpt)
+    return model, OSS(model.parameters(), optim=torch.optim.AdamW, fused=True, **OPTIONS)
+
+
+class DeepSpeed:
+    """Its engine does forward, backward and step; behind the methods that the others have."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def step(self) -> None:
+        self.engine.step()
+
+    def zero_grad(self) -> None:
+        pass
+
+
+def deepspeed(gpt: nn.Module, stage: int) -> tuple[nn.Module, Any]:
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    optimizer = torch.optim.AdamW(gpt.parameters(), **OPTIONS, fused=True)
+    engine, *_ = deepspeed.initialize(model=gpt, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine, DeepSpeed(engine)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[nn.Module], tuple[nn.Module, Any]]] = {
+    REFERENCE: lambda gpt: adamw(gpt, fused=True),
+    "ddp + adamw, foreach": lambda gpt: adamw(gpt, foreach=True),
+    "no communication": without_communication,
+    "zero_redundancy": lambda gpt: zero_redundancy(gpt, view=False),
+    "zero_redundancy, bucket view": lambda gpt: zero_redundancy(gpt, view=True),
+    "zeroadam": lambda gpt: zeroadam(gpt, None),
+    "zeroadam + hook": lambda gpt: zeroadam(gpt, reduce_scatter_hook),
+    "zeroadam + bf16 hook": lambda gpt: zeroadam(gpt, bf16_reduce_scatter_hook),
+    "fsdp1, SHARD_GRAD_OP": fsdp1,
+    "fsdp2": fsdp2,
+    "fairscale OSS": fairscale,
+    "deepspeed, stage 1": lambda gpt: deepspeed(gpt, 1),
+    "deepspeed, stage 2": lambda gpt: deepspeed(gpt, 2),
+}
+NEEDED = {"fairscale OSS": "fairscale", "deepspeed, stage 1": "deepspeed", "deepspeed, stage 2": "deepspeed"}
+
+
+def installed() -> list[str]:
+    """The implementations that can be compared here."""
+    return [name for name in IMPLEMENTATIONS if name not in NEEDED or importlib.util.find_spec(NEEDED[name])]
+
+
+class Implementation:
+    """A model with its optimizer, and what its steps took on this rank."""
+
+    def __init__(self, name: str, args: argparse.Namespace, device: torch.device) -> None:
+        self.name = name
+        torch.manual_seed(0)
+        gpt = GPT(args.width, args.layers, args.width // 64, args.context).to(device)
+        self.model, self.optimizer = IMPLEMENTATIONS[name](gpt)
+        self.steps: list[dict[str, float]] = []
+        self.peak = 0  # bytes over what the process had before
+
+    def step(self, tokens: Tensor) -> None:
+        dist.barrier()
+        sent, start, cpu = sent_bytes(), now(tokens.device), time.process_time()
+        loss = F.cross_entropy(self.model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        if isinstance(self.optimizer, DeepSpeed):
+            self.optimizer.engine.backward(loss)
+        else:
+            loss.backward()
+        middle = now(tokens.device)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        end, cpu = now(tokens.device), time.process_time() - cpu
+        dist.barrier()  # all have received what has been sent
+        self.steps.append(
+            {"wall": end - start, "forward and backward": middle - start, "step": end - middle, "CPU": cpu}
+            | {"sent": sent_bytes() - sent}
+        )
+
+    def parameters(self) -> list[Tensor]:
+        """In full [d0, ...], in the order of the model. A collective."""
+        if isinstance(self.model, FullyShardedDataParallel):
+            with FullyShardedDataParallel.summon_full_params(self.model, writeback=False):
+                return [p.detach().clone() for p in self.model.parameters()]
+        return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in self.model.parameters()]
+
+    def state_bytes(self) -> int:
+        """Of Adam's moments on this rank."""
+        optimizer = self.optimizer
+        if isinstance(optimizer, DeepSpeed):
+            optimizer = optimizer.engine.optimizer
+        optimizer = getattr(optimizer, "optim", getattr(optimizer, "optimizer", optimizer))
+        moments = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor) and v.dim() > 0]
+        return sum((v.to_local() if isinstance(v, DTensor) else v).nbytes for v in moments)

@@ -1,0 +1,266 @@
+"""The road between ranks of one host: rows through shared memory, and bytes through pipes to say that they are there.
+
+Every rank owns a ring of slots that all others have mapped. It writes a message into the next slot of its own, and a
+byte into a pipe to each other rank; who has read a byte of each knows that all have written theirs, and reads from the
+others' slots what is for it. Twice as many slots as messages under way make sure that a slot has been read by all
+before it is written again: message n is written after the bytes of n - IN_FLIGHT are in, which the others sent after
+they had read n - 2 IN_FLIGHT.
+"""
+
+import logging
+import os
+import secrets
+import select
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zeroadam.collectives import sum_rows
+
+SLOT_BYTES = 4 * 2**20
+IN_FLIGHT = 4
+SLOTS = 2 * IN_FLIGHT
+ALIGNMENT = 64  # bytes and, as well, elements: of what is copied at a time
+VARIABLE = "ZEROADAM_SHARED_MEMORY"  # 0 turns it off
+
+logger = logging.getLogger(__name__)
+
+
+class SharedMemory:
+    """The slots of all ranks of a process group, and the messages under way. What it does must be done by all ranks.
+
+    Args:
+        regions: uint8 [SLOTS * SLOT_BYTES] of each rank.
+        pipes: file descriptors to read from and to write to each rank, none for this one; closed with this object.
+        timeout: seconds to wait for another rank.
+    """
+
+    def __init__(
+        self, rank: int, regions: Sequence[Tensor], pipes: Mapping[int, tuple[int, int]], timeout: float
+    ) -> None:
+        self.rank, self.pipes, self.timeout = rank, pipes, timeout
+        # By number of the slot, as all ranks use the same at a time: [SLOTS][W] of uint8 [SLOT_BYTES].
+        self.slots = list(zip(*(region.view(SLOTS, -1) for region in regions), strict=True))
+        self.posted = self.read = 0
+        self.under_way: deque[Callable[[Sequence[Tensor]], None]] = deque()
+        self.polls: dict[int, select.poll] = {}
+        for other, (source, _) in pipes.items():
+            self.polls[other] = select.poll()
+            self.polls[other].register(source, select.POLLIN)
+        weakref.finalize(self, _close, [end for ends in pipes.values() for end in ends])
+
+    def post(self, write: Callable[[Tensor], None], read: Callable[[Sequence[Tensor]], None]) -> None:
+        """Send a message: `write` fills this rank's slot now, `read` gets those of all ranks when all have written.
+
+        Raises as `finish`.
+        """
+        if len(self.under_way) == IN_FLIGHT:
+            self._read_first()
+        write(self.slots[self.posted % SLOTS][self.rank])
+        for rank, (_, target) in self.pipes.items():
+            try:
+                os.write(target, b"1")
+            except BrokenPipeError:
+                raise RuntimeError(f"rank {rank} of the process group has ended") from None
+        self.under_way.append(read)
+        self.posted += 1
+
+    def finish(self, count: int) -> None:
+        """Wait until the first `count` messages ever posted have been read.
+
+        Raises:
+            RuntimeError: another rank has ended, or not come in time.
+        """
+        while self.read < count:
+            self._read_first()
+
+    def all_gather(self, exchanges: Sequence[Sequence[Tensor]]) -> Callable[[], None]:
+        """As `collectives.all_gather`; returns what waits for it."""
+        own = [rows[self.rank] for rows in exchanges]
+        others = [rank for rank in range(len(exchanges[0])) if rank != self.rank]
+        for runs in _messages(exchanges, SLOT_BYTES):
+
+            def write(slot: Tensor, runs: Sequence[Run] = runs) -> None:
+                _copy([own[run.row] for run in runs], slot, runs, into_slot=True)
+
+            def read(slots: Sequence[Tensor], runs: Sequence[Run] = runs) -> None:
+                for rank in others:
+                    _copy([exchanges[run.row][rank] for run in runs], slots[rank], runs, into_slot=False)
+
+            self.post(write, read)
+        return partial(self.finish, self.posted)
+
+    def reduce_scatter(self, exchanges: Sequence[Sequence[Tensor]]) -> Callable[[], list[Tensor]]:
+        """Sum row r of every rank on rank r, in rank order and at least float32. In place, but for lower precisions.
+
+        exchanges: lists of W dense 1-D rows, [n_r] for rank r; unchanged until all ranks have the sums.
+        Returns what waits for them and gives them: [n_rank] of each list.
+        """
+        own = [rows[self.rank] for rows in exchanges]
+        sums = [row if row.itemsize >= 4 else torch.empty_like(row, dtype=torch.float32) for row in own]
+        others = [rank for rank in range(len(exchanges[0])) if rank != self.rank]
+        part = SLOT_BYTES // len(others) // ALIGNMENT * ALIGNMENT  # bytes of a slot for each of the others
+
+        def part_of(slot: Tensor, source: int, target: int) -> Tensor:
+            index = target if target < source else target - 1
+            return slot[index * part : (index + 1) * part]
+
+        for runs in _messages(exchanges, part):
+
+            def write(slot: Tensor, runs: Sequence[Run] = runs) -> None:
+                for rank in others:
+                    rows = [exchanges[run.row][rank] for run in runs]
+                    _copy(rows, part_of(slot, self.rank, rank), runs, into_slot=True)
+
+            def read(slots: Sequence[Tensor], runs: Sequence[Run] = runs) -> None:
+                parts = [part_of(slots[rank], rank, self.rank).view(own[0].dtype) for rank in others]
+                for run in runs:
+                    row = own[run.row][run.start : run.stop]
+                    received = [part[run.offset :][: row.numel()] for part in parts]
+                    total = sum_rows(row, received, self.rank)
+                    if total is not row:
+                        sums[run.row][run.start : run.stop] = total
+
+            self.post(write, read)
+        count = self.posted
+
+        def finish() -> list[Tensor]:
+            self.finish(count)
+            return sums
+
+        return finish
+
+    def _read_first(self) -> None:
+        for rank, (source, _) in self.pipes.items():
+            if not self.polls[rank].poll(1000 * self.timeout):
+                raise RuntimeError(f"rank {rank} of the process group did not come within {self.timeout:.0f} s")
+            if not os.read(source, 1):
+                raise RuntimeError(f"rank {rank} of the process group has ended")
+        self.under_way.popleft()(self.slots[self.read % SLOTS])
+        self.read += 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """Elements of a row, and where they are in a message; a rank whose row is shorter has fewer of them."""
+
+    row: int
+    start: int
+    stop: int
+    offset: int
+
+
+def _messages(exchanges: Sequence[Sequence[Tensor]], capacity: int) -> Sequence[Sequence[Run]]:
+    """What goes into which message of at most `capacity` bytes: the same on every rank."""
+    itemsize = exchanges[0][0].itemsize
+    return _pack(tuple(max(row.numel() for row in rows) for rows in exchanges), capacity // itemsize)
+
+
+@lru_cache(maxsize=1000)
+def _pack(numels: Sequence[int], capacity: int) -> Sequence[Sequence[Run]]:
+    messages: list[list[Run]] = []
+    offset = capacity
+    for row, numel in enumerate(numels):
+        start = 0
+        while start < numel:
+            if capacity - offset < ALIGNMENT:
+                messages.append([])
+                offset = 0
+            stop = min(numel, start + capacity - offset)
+            messages[-1].append(Run(row, start, stop, offset))
+            offset += -(-(stop - start) // ALIGNMENT) * ALIGNMENT
+            start = stop
+    return messages
+
+
+def _copy(rows: Sequence[Tensor], slot: Tensor, runs: Sequence[Run], *, into_slot: bool) -> None:
+    """Between each run's row and its place in a slot."""
+    parts = [row[run.start : run.stop] for row, run in zip(rows, runs, strict=True)]
+    slot = slot.view(rows[0].dtype)
+    places = [slot[run.offset :][: part.numel()] for part, run in zip(parts, runs, strict=True)]
+    targets, sources = (places, parts) if into_slot else (parts, places)
+    torch._foreach_copy_(targets, sources)
+
+
+def open_shared_memory(process_group: dist.ProcessGroup) -> SharedMemory | None:
+    """Join the memory of all ranks; None on every rank, and a line in the log, where that cannot be. A collective.
+
+    Neither the regions nor the pipes have a name in any file system, so nothing of them can stay behind.
+    """
+    rank, world_size = process_group.rank(), process_group.size()
+    offered, refusal, opened = _Offer(), "", dict[int, int]()
+    regions: list[Tensor] = []
+    try:
+        try:
+            offered.make([other for other in range(world_size) if other != rank])
+        except OSError as error:
+            refusal = str(error)
+        answers: list[tuple[str, _Offer]] = [("", offered)] * world_size
+        dist.all_gather_object(answers, (refusal, offered), group=process_group)
+        refusals = [refusal for refusal, _ in answers]
+        if not any(refusals):
+            try:
+                for source, (_, offer) in enumerate(answers):
+                    regions.append(_map(offer))
+                    if source != rank:
+                        opened[source] = os.open(offer.path(offer.writers[rank]), os.O_WRONLY | os.O_CLOEXEC)
+            except (OSError, RuntimeError) as error:  # the latter is what torch says
+                refusal = str(error)
+            dist.all_gather_object(refusals, refusal, group=process_group)
+    finally:
+        _close([*offered.writers.values(), *([offered.region] if offered.region >= 0 else [])])
+    for source, refusal in enumerate(refusals):
+        if refusal:
+            _close([*offered.readers.values(), *opened.values()])
+            if rank == 0:
+                logger.info(
+                    "no shared memory between the ranks, so sockets are used; rank %d says: %s", source, refusal
+                )
+            return None
+    pipes = {other: (offered.readers[other], opened[other]) for other in opened}
+    timeout = process_group._get_backend(torch.device("cpu")).options._timeout
+    return SharedMemory(rank, regions, pipes, timeout.total_seconds())
+
+
+class _Offer:
+    """Open files of a process which others may open as well."""
+
+    def __init__(self) -> None:
+        self.process, self.name = os.getpid(), f"zeroadam-{secrets.token_hex(16)}"
+        self.region = -1
+        self.readers: dict[int, int] = {}
+        self.writers: dict[int, int] = {}
+
+    def make(self, others: Sequence[int]) -> None:
+        """A region, reserved to the last byte, and a pipe from each other rank; raises OSError if that cannot be."""
+        if os.environ.get(VARIABLE) == "0":
+            raise OSError(f"{VARIABLE}=0")
+        if not hasattr(os, "memfd_create"):
+            raise OSError("this system has no memfd_create")
+        self.region = os.memfd_create(self.name, os.MFD_CLOEXEC)
+        # Or a write to a page for which there is no memory would end the process.
+        os.posix_fallocate(self.region, 0, SLOTS * SLOT_BYTES)
+        for other in others:
+            self.readers[other], self.writers[other] = os.pipe()
+
+    def path(self, file: int) -> str:
+        return f"/proc/{self.process}/fd/{file}"
+
+
+def _map(offer: _Offer) -> Tensor:
+    """The region of a rank; raises OSError if that is not on this host, or not to be seen from here."""
+    path = offer.path(offer.region)
+    if os.readlink(path) != f"/memfd:{offer.name} (deleted)":
+        raise OSError(f"{path} is something else here")
+    return torch.from_file(path, shared=True, size=SLOTS * SLOT_BYTES, dtype=torch.uint8)
+
+
+def _close(files: Iterable[int]) -> None:
+    for file in files:
+        os.close(file)
