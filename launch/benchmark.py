@@ -1,17 +1,23 @@
 """Time training steps of several optimizers side by side: in one process group, on the same model, data and seed.
 
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 launch/benchmark.py --width 384 --layers 6
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 launch/benchmark.py --plot bars.png
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 launch/benchmark.py --checkpoint /dev/shm/checkpoints
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=1 launch/benchmark.py --kernel
+    OMP_NUM_THREADS=1 python launch/benchmark.py --sweep --plot growth.png
 
 The implementations take turns, step by step, so that whatever else the machine is doing meets all of them alike. Each
-step of each is compared with the step of DDP + fused AdamW in the same round.
+step of each is compared with the step of DDP + fused AdamW in the same round. How much memory each needs is found
+before, one after the other, in processes of their own.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +38,7 @@ def measured(implementation: Implementation, warmup: int, device: torch.device) 
 
 
 def results(
-    implementations: list[Implementation], args: argparse.Namespace, device: torch.device
+    implementations: list[Implementation], peaks: dict[str, int], args: argparse.Namespace, device: torch.device
 ) -> list[dict[str, Any]]:
     reference = measured(implementations[0], args.warmup, device)
     expected = implementations[0].parameters()
@@ -51,12 +57,12 @@ def results(
                 "p90": ratios[len(ratios) * 9 // 10],
                 "CPU ratio": statistics.median(cpu),
                 "ms": 1000 * statistics.median(found["wall"]),
-                "forward, backward, ms": 1000 * statistics.median(found["forward and backward"]),
+                "forward + backward, ms": 1000 * statistics.median(found["forward and backward"]),
                 "step, ms": 1000 * statistics.median(found["step"]),
                 "CPU, ms": 1000 * statistics.median(found["CPU"]),
                 "sent, bytes/param": statistics.median(found["sent"]) / local_ranks() / numel,
                 "state, MB": implementation.state_bytes() / 1e6,
-                "peak, MB": implementation.peak / 1e6,
+                "peak, MB": peaks[implementation.name] / 1e6,
                 "bitwise": all(bitwise),
             }
         )
@@ -66,6 +72,71 @@ def results(
 def local_ranks() -> int:
     """That share this one's network interfaces."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+
+
+def alone(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Train with nothing else in the process: medians of the slowest rank, and the most that a rank needs."""
+    before = start_peak()
+    implementation = Implementation(name, args, device)
+    numel = sum(param.numel() for param in implementation.parameters())
+    for tokens in batches(args, device):
+        implementation.step(tokens)
+    peak = torch.tensor(memory("VmHWM") - before, dtype=torch.float64)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    found = measured(implementation, args.warmup, device) if args.steps else {}
+    medians = {what: statistics.median(numbers) for what, numbers in found.items()}
+    return {"parameters": numel, "ranks": dist.get_world_size(), "peak": int(peak), **medians}
+
+
+def peaks_of(names: list[str], args: argparse.Namespace) -> dict[str, int]:
+    """Bytes that each needs over what its process had before, on the rank that needs most."""
+    found = {}
+    folders = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folders)
+    for count, name in enumerate(names):
+        command = [sys.executable, __file__, "--alone", name, "--steps", "0", "--warmup", str(args.warmup)]
+        command += ["--store", f"{folders[0]}/{count}"]
+        for size in ("width", "layers", "context", "batch_size"):
+            command += [f"--{size.replace('_', '-')}", str(getattr(args, size))]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=300)
+        found[name] = json.loads(done.stdout.splitlines()[-1])["peak"] if dist.get_rank() == 0 else 0
+    shutil.rmtree(folders[0], ignore_errors=True)
+    return found
+
+
+# Width and layers of some 1, 3, 11, 26, 71 and 202 million parameters.
+SIZES = [(128, 4), (256, 4), (384, 6), (512, 8), (768, 10), (1024, 16)]
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Train with the hook alone at W = 1, 2, 4 and 8 for every size that this machine has memory for."""
+    rows = []
+    for world_size in (1, 2, 4, 8):
+        for width, layers in SIZES:
+            numel = sum(param.numel() for param in GPT(width, layers, 1, args.context).parameters())
+            # Parameters, gradients and moments, and what a process has anyway.
+            needed = world_size * (300e6 + 4 * numel * (2 + 3 / world_size) * 1.5)
+            available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
+            if needed > 1024 * int(available.split()[1]):
+                print(f"{numel / 1e6:.1f} M parameters on {world_size} ranks need {needed / 1e9:.0f} GB: left out")
+                continue
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+            command += [__file__, "--alone", "zeroadam + hook", "--width", str(width), "--layers", str(layers)]
+            command += ["--context", str(args.context), "--steps", str(args.steps)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            print(json.dumps(rows[-1]), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+    if args.plot:
+        from draw_benchmark import growth
+
+        growth(args.plot, rows)
+
+
+def batches(args: argparse.Namespace, device: torch.device) -> list[torch.Tensor]:
+    generator, shape = torch.Generator().manual_seed(dist.get_rank()), (args.batch_size, args.context + 1)
+    return [torch.randint(256, shape, generator=generator).to(device) for _ in range(args.warmup + args.steps)]
 
 
 def main() -> None:
@@ -91,12 +162,23 @@ def main() -> None:
     parser.add_argument("--kernel", action="store_true", help="time the update alone instead, beside a copy")
     parser.add_argument("--params", nargs="+", type=float, default=[20], help="with --kernel: millions of a shard")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--sweep", action="store_true", help="without torchrun: sizes and numbers of ranks, for growth")
+    parser.add_argument("--alone", choices=names, metavar="NAME", help="train with one implementation alone")
+    parser.add_argument("--store", help=argparse.SUPPRESS)
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
     args = parser.parse_args()
+    if args.sweep:
+        sweep(args)
+        return
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun: torchrun --standalone --nproc_per_node=2 launch/benchmark.py")
 
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store = {"init_method": f"file://{args.store}", "rank": int(os.environ["RANK"])} if args.store else {}
+    store |= {"world_size": int(os.environ["WORLD_SIZE"])} if args.store else {}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **store)
     if args.kernel:
         from benchmark_update import measure
 
@@ -115,26 +197,27 @@ def main() -> None:
                 show(rows, numel, args, f"{args.steps} rounds in {args.checkpoint}")
         leave()
         return
-    data = torch.Generator().manual_seed(dist.get_rank())
-    batches = [
-        torch.randint(256, (args.batch_size, args.context + 1), generator=data).to(device)
-        for _ in range(args.warmup + args.steps)
-    ]
-    implementations = []
-    for name in (REFERENCE, *(name for name in args.only if name != REFERENCE)):
-        before = start_peak()  # alone, before the next is built
-        implementations.append(Implementation(name, args, device))
-        for tokens in batches[: args.warmup]:
-            implementations[-1].step(tokens)
-        implementations[-1].peak = memory("VmHWM") - before
-    for step, tokens in enumerate(batches[args.warmup :]):
+    if args.alone:
+        found = alone(args.alone, args, device)
+        if dist.get_rank() == 0:
+            print(json.dumps(found))
+        leave()
+        return
+    names = [REFERENCE, *(name for name in args.only if name != REFERENCE)]
+    peaks = peaks_of(names, args)
+    implementations = [Implementation(name, args, device) for name in names]
+    for step, tokens in enumerate(batches(args, device)):
         turn = step % len(implementations)
         for implementation in implementations[turn:] + implementations[:turn]:
             implementation.step(tokens)
-    rows = results(implementations, args, device)
+    rows = results(implementations, peaks, args, device)
     if dist.get_rank() == 0:
         numel = sum(param.numel() for param in implementations[0].parameters())
         show(rows, numel, args, f"{args.steps} steps; ratios to {REFERENCE}")
+        if args.plot:
+            from draw_benchmark import bars
+
+            bars(args.plot, rows, f"{numel / 1e6:.1f} M parameters, {dist.get_world_size()} ranks")
     leave()
 
 

@@ -6,6 +6,7 @@ area [W, n]. Adam runs on a parameter itself or, if it is packed, on this rank's
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,11 +56,13 @@ class Bucket:
         self.addresses = [p.data_ptr() for p in self.params]
         self.packed_pieces = [[self._piece(p, r) for p in self.packed] for r in ranks]
         self.direct_pieces = [self._piece(p, self.rank) for p in self.direct]
+        self._rows: Rows | None = None
         self.direct_rows = [[flat(self._piece(p, r)) for r in ranks] for p in self.direct]
 
     def use_staging(self, memory: Tensor) -> None:
         """Lay the rows out in `memory`, uint8 [staging_bytes] or more, which is needed from `pack` to `unpack`."""
         staging = memory[: self.staging_bytes].view(self.dtype).view(self.world_size, -1)
+        self._rows = None
         self.row_pieces = [self._cut(row, rank) for rank, row in enumerate(staging)]
         if self.equal_rows:
             self.staging_rows = list(staging)
@@ -103,9 +106,14 @@ class Bucket:
             if copies:
                 torch._foreach_copy_(copies, pieces)
 
-    def rows(self) -> list[list[Tensor]]:
-        """What to exchange: lists of W dense rows, [n_r] of rank r, one for each direct tensor and one for the rest."""
-        return [*self.direct_rows, self.staging_rows] if self.packed else self.direct_rows
+    def rows(self) -> "Rows":
+        """What to exchange: lists of W dense rows, [n_r] of rank r, one for each direct tensor and one for the rest.
+
+        The same list every time, as long as everything stays where it is.
+        """
+        if self._rows is None:
+            self._rows = Rows([*self.direct_rows, self.staging_rows] if self.packed else self.direct_rows)
+        return self._rows
 
     def unpack(self) -> None:
         """Write the gathered rows into the packed parameters: [W, n] -> [d0, ...] each."""
@@ -129,6 +137,12 @@ class Bucket:
 
     def _piece(self, param: Tensor, rank: int) -> Tensor:
         return shard(param.detach(), self.world_size, rank)
+
+
+class Rows(list[list[Tensor]]):
+    """Lists of W rows, with room for how a road cuts them into messages."""
+
+    messages: Any = None
 
 
 def is_direct(tensor: Tensor, world_size: int, equal_rows: bool) -> bool:

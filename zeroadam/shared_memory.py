@@ -14,19 +14,18 @@ import select
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zeroadam.bucket import Rows
 from zeroadam.collectives import sum_rows
 
-SLOT_BYTES = 4 * 2**20
-IN_FLIGHT = 4
+SLOT_BYTES = 2**20
+IN_FLIGHT = 3
 SLOTS = 2 * IN_FLIGHT
-ALIGNMENT = 64  # bytes and, as well, elements: of what is copied at a time
 VARIABLE = "ZEROADAM_SHARED_MEMORY"  # 0 turns it off
 
 logger = logging.getLogger(__name__)
@@ -82,16 +81,14 @@ class SharedMemory:
 
     def all_gather(self, exchanges: Sequence[Sequence[Tensor]]) -> Callable[[], None]:
         """As `collectives.all_gather`; returns what waits for it."""
-        own = [rows[self.rank] for rows in exchanges]
-        others = [rank for rank in range(len(exchanges[0])) if rank != self.rank]
-        for runs in _messages(exchanges, SLOT_BYTES):
+        for message in self._messages(exchanges, SLOT_BYTES):
 
-            def write(slot: Tensor, runs: Sequence[Run] = runs) -> None:
-                _copy([own[run.row] for run in runs], slot, runs, into_slot=True)
+            def write(slot: Tensor, message: Message = message) -> None:
+                message.write(slot, self.rank)
 
-            def read(slots: Sequence[Tensor], runs: Sequence[Run] = runs) -> None:
-                for rank in others:
-                    _copy([exchanges[run.row][rank] for run in runs], slots[rank], runs, into_slot=False)
+            def read(slots: Sequence[Tensor], message: Message = message) -> None:
+                for rank in self.pipes:
+                    torch._foreach_copy_(message.parts[rank], message.views(slots[rank], rank))
 
             self.post(write, read)
         return partial(self.finish, self.posted)
@@ -104,28 +101,29 @@ class SharedMemory:
         """
         own = [rows[self.rank] for rows in exchanges]
         sums = [row if row.itemsize >= 4 else torch.empty_like(row, dtype=torch.float32) for row in own]
-        others = [rank for rank in range(len(exchanges[0])) if rank != self.rank]
-        part = SLOT_BYTES // len(others) // ALIGNMENT * ALIGNMENT  # bytes of a slot for each of the others
+        share = SLOT_BYTES // len(self.pipes) // 64 * 64  # bytes of a slot for each of the others
 
         def part_of(slot: Tensor, source: int, target: int) -> Tensor:
             index = target if target < source else target - 1
-            return slot[index * part : (index + 1) * part]
+            return slot[index * share : (index + 1) * share]
 
-        for runs in _messages(exchanges, part):
+        for message in self._messages(exchanges, share):
 
-            def write(slot: Tensor, runs: Sequence[Run] = runs) -> None:
-                for rank in others:
-                    rows = [exchanges[run.row][rank] for run in runs]
-                    _copy(rows, part_of(slot, self.rank, rank), runs, into_slot=True)
+            def write(slot: Tensor, message: Message = message) -> None:
+                for rank in self.pipes:
+                    message.write(part_of(slot, self.rank, rank), rank)
 
-            def read(slots: Sequence[Tensor], runs: Sequence[Run] = runs) -> None:
-                parts = [part_of(slots[rank], rank, self.rank).view(own[0].dtype) for rank in others]
-                for run in runs:
-                    row = own[run.row][run.start : run.stop]
-                    received = [part[run.offset :][: row.numel()] for part in parts]
-                    total = sum_rows(row, received, self.rank)
-                    if total is not row:
-                        sums[run.row][run.start : run.stop] = total
+            def read(slots: Sequence[Tensor], message: Message = message) -> None:
+                rows = [
+                    message.parts[rank]
+                    if rank == self.rank
+                    else message.views(part_of(slot, rank, self.rank), self.rank)
+                    for rank, slot in enumerate(slots)
+                ]
+                total = _sum_lists(rows, self.rank)
+                if total is not rows[self.rank]:
+                    for (row, start, stop), part in zip(message.runs, total, strict=True):
+                        sums[row][start:stop] = part
 
             self.post(write, read)
         count = self.posted
@@ -135,6 +133,14 @@ class SharedMemory:
             return sums
 
         return finish
+
+    def _messages(self, exchanges: Sequence[Sequence[Tensor]], capacity: int) -> "list[Message]":
+        """What goes into which message of at most `capacity` bytes; kept with the rows, as they come every step."""
+        if not isinstance(exchanges, Rows):
+            return _cut(exchanges, capacity)
+        if exchanges.messages is None:
+            exchanges.messages = _cut(exchanges, capacity)
+        return exchanges.messages
 
     def _read_first(self) -> None:
         for rank, (source, _) in self.pipes.items():
@@ -146,46 +152,59 @@ class SharedMemory:
         self.read += 1
 
 
-@dataclass(frozen=True)
-class Run:
-    """Elements of a row, and where they are in a message; a rank whose row is shorter has fewer of them."""
+class Message:
+    """Runs of rows, of which those of one rank follow each other in a slot."""
 
-    row: int
-    start: int
-    stop: int
-    offset: int
+    def __init__(self, exchanges: Sequence[Sequence[Tensor]], runs: Sequence[tuple[int, int, int]]) -> None:
+        self.runs = runs  # (row, start, stop) in elements; a rank whose row is shorter has fewer of them
+        ranks = range(len(exchanges[0]))
+        self.parts = [[exchanges[row][rank][start:stop] for row, start, stop in runs] for rank in ranks]
+        self.numels = [[part.numel() for part in parts] for parts in self.parts]
+
+    def write(self, slot: Tensor, rank: int) -> None:
+        """Copy the parts of a rank into a slot, uint8 [n]."""
+        target = slot.view(self.parts[rank][0].dtype)[: sum(self.numels[rank])]
+        torch.cat(self.parts[rank], out=target)
+
+    def views(self, slot: Tensor, rank: int) -> list[Tensor]:
+        """The parts of a rank in a slot, uint8 [n]."""
+        numels = self.numels[rank]
+        return list(slot.view(self.parts[rank][0].dtype)[: sum(numels)].split(numels))
 
 
-def _messages(exchanges: Sequence[Sequence[Tensor]], capacity: int) -> Sequence[Sequence[Run]]:
-    """What goes into which message of at most `capacity` bytes: the same on every rank."""
-    itemsize = exchanges[0][0].itemsize
-    return _pack(tuple(max(row.numel() for row in rows) for rows in exchanges), capacity // itemsize)
-
-
-@lru_cache(maxsize=1000)
-def _pack(numels: Sequence[int], capacity: int) -> Sequence[Sequence[Run]]:
-    messages: list[list[Run]] = []
-    offset = capacity
-    for row, numel in enumerate(numels):
-        start = 0
+def _cut(exchanges: Sequence[Sequence[Tensor]], capacity: int) -> list[Message]:
+    """Messages of at most `capacity` bytes for any rank; as many, of the same runs, on every rank."""
+    capacity //= exchanges[0][0].itemsize
+    messages: list[list[tuple[int, int, int]]] = []
+    room = 0
+    for row, rows in enumerate(exchanges):
+        start, numel = 0, max(part.numel() for part in rows)
         while start < numel:
-            if capacity - offset < ALIGNMENT:
+            if room == 0:
                 messages.append([])
-                offset = 0
-            stop = min(numel, start + capacity - offset)
-            messages[-1].append(Run(row, start, stop, offset))
-            offset += -(-(stop - start) // ALIGNMENT) * ALIGNMENT
+                room = capacity
+            stop = min(numel, start + room)
+            messages[-1].append((row, start, stop))
+            room -= stop - start
             start = stop
-    return messages
+    return [Message(exchanges, runs) for runs in messages]
 
 
-def _copy(rows: Sequence[Tensor], slot: Tensor, runs: Sequence[Run], *, into_slot: bool) -> None:
-    """Between each run's row and its place in a slot."""
-    parts = [row[run.start : run.stop] for row, run in zip(rows, runs, strict=True)]
-    slot = slot.view(rows[0].dtype)
-    places = [slot[run.offset :][: part.numel()] for part, run in zip(parts, runs, strict=True)]
-    targets, sources = (places, parts) if into_slot else (parts, places)
-    torch._foreach_copy_(targets, sources)
+def _sum_lists(rows: Sequence[list[Tensor]], rank: int) -> list[Tensor]:
+    """The sums over all ranks, in rank order: in place of this rank's tensors, or in float32 for lower precisions."""
+    if rows[rank][0].itemsize < 4:
+        return [
+            sum_rows(own, [others[index] for other, others in enumerate(rows) if other != rank], rank)
+            for index, own in enumerate(rows[rank])
+        ]
+    total = rows[0]
+    for source in range(1, len(rows)):
+        if source == rank:  # a + b is b + a
+            torch._foreach_add_(rows[rank], total)
+            total = rows[rank]
+        else:
+            torch._foreach_add_(total, rows[source])
+    return total
 
 
 def open_shared_memory(process_group: dist.ProcessGroup) -> SharedMemory | None:
