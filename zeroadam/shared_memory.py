@@ -140,7 +140,8 @@ class SharedMemory:
             return _cut(exchanges, capacity)
         if exchanges.messages is None:
             exchanges.messages = _cut(exchanges, capacity)
-        return exchanges.messages
+        messages: list[Message] = exchanges.messages
+        return messages
 
     def _read_first(self) -> None:
         for rank, (source, _) in self.pipes.items():
