@@ -233,10 +233,10 @@ def show(rows: list[dict[str, Any]], numel: int, args: argparse.Namespace, what:
 
     table = Table(title=f"{numel / 1e6:.1f} M parameters, {dist.get_world_size()} ranks, {what}")
     for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=130).print(table)
+    Console(width=160).print(table)
     if args.json:
         args.json.write_text(json.dumps({"parameters": numel, "ranks": dist.get_world_size(), "rows": rows}, indent=1))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,14 +150,70 @@ def test_the_scripts_in_the_readme_run(script: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+TINY = ["--width", "64", "--layers", "1", "--context", "16", "--warmup", "1"]
+SHARDED = ["zero_redundancy", "zero_redundancy, bucket view", "zeroadam", "zeroadam + hook", "zeroadam + bf16 hook"]
+
+
 def test_the_benchmark_runs_and_finds_equal_parameters(tmp_path: Path) -> None:
     """On two ranks DDP with AdamW, ZeroRedundancyOptimizer and zeroadam with and without the hook agree to the bit."""
-    size = ["--width", "64", "--layers", "1", "--context", "16", "--steps", "4", "--warmup", "1"]
-    done = torchrun(2, f"{ROOT}/launch/benchmark.py", *size, "--json", f"{tmp_path}/numbers.json")
+    files = ["--json", f"{tmp_path}/numbers.json", "--plot", f"{tmp_path}/bars.png"]
+    done = torchrun(2, f"{ROOT}/launch/benchmark.py", *TINY, "--steps", "4", "--only", *SHARDED, *files)
     assert done.returncode == 0, done.stderr
     rows = {row["implementation"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
+    assert list(rows) == ["ddp + adamw", *SHARDED]
     assert [name for name, row in rows.items() if not row["bitwise"]] == ["zeroadam + bf16 hook"]
     assert rows["zeroadam + hook"]["state, MB"] == pytest.approx(rows["ddp + adamw"]["state, MB"] / 2, rel=1e-3)
+    assert all(row["peak, MB"] > 0 for row in rows.values())
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["ddp + adamw, foreach", "no communication", "fsdp1, SHARD_GRAD_OP", "fsdp2"])
+def test_each_implementation_runs_alone(name: str) -> None:
+    done = torchrun(2, f"{ROOT}/launch/benchmark.py", *TINY, "--steps", "2", "--alone", name)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["ranks"] == 2
+    assert found["wall"] > 0
+
+
+def test_growth_is_drawn(tmp_path: Path) -> None:
+    from draw_benchmark import growth
+
+    rows = [
+        {"ranks": ranks, "parameters": numel, "wall": 1e-9 * numel, "CPU of step": 1e-9 * numel / ranks, "peak": numel}
+        for ranks in (1, 2)
+        for numel in (10**6, 10**7)
+    ]
+    growth(tmp_path / "growth.svg", rows)
+    assert "<!-- W = 2 -->" in (tmp_path / "growth.svg").read_text()
+
+
+def test_the_benchmark_without_torchrun_says_how_to_start_it() -> None:
+    command = [sys.executable, f"{ROOT}/launch/benchmark.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "start it with torchrun" in done.stderr
+
+
+def can_make_hosts() -> bool:
+    return os.geteuid() == 0 and shutil.which("ip") is not None and shutil.which("tc") is not None
+
+
+@pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc for network namespaces")
+def test_hosts_with_a_slow_network(tmp_path: Path) -> None:
+    """Each namespace counts what its one rank sends: what the README says, on a real interface; and nothing is left."""
+    before = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    command = [f"{ROOT}/launch/benchmark_hosts.sh", "2", "1gbit", "--width", "256", "--layers", "2", "--context", "16"]
+    command += ["--steps", "5", "--warmup", "2", "--json", f"{tmp_path}/numbers.json", "--only", *SHARDED[1:]]
+    variables = {**environment(tmp_path), "TORCHRUN": f"{Path(sys.executable).parent}/torchrun"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=variables, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = {row["implementation"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
+    sent = {name: row["sent, bytes/param"] for name, row in rows.items()}
+    wanted = {"ddp + adamw": 4, SHARDED[1]: 6, "zeroadam": 6, "zeroadam + hook": 4, "zeroadam + bf16 hook": 3}
+    assert sent == pytest.approx(wanted, rel=0.03)
+    after = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert after == before
 
 
 def test_the_update_is_measured_beside_a_copy(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,30 @@ def assert_nowhere(names: list[str]) -> None:
         except OSError:
             continue
         assert not any(name in text for name in names)
+
+
+def waits_in_vain(why: str, folder: str) -> None:
+    params = [nn.Parameter(torch.ones(30, 40))]
+    optimizer = ZeroAdamW(params)
+    params[0].grad = torch.ones(30, 40)
+    dist.barrier()
+    assert optimizer.shared is not None
+    if dist.get_rank() == 1:
+        if why == "has ended":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(2)
+    optimizer.shared.timeout = 0.5
+    with pytest.raises(RuntimeError, match=f"rank 1 of the process group {why}"):
+        optimizer.step()
+    Path(folder, "raised").touch()
+
+
+@pytest.mark.parametrize("why", ["has ended", "did not come within 0 s"])
+def test_a_rank_that_does_not_come_is_named(run_ranks, why: str, tmp_path: Path) -> None:
+    """At once if it has ended, else after the timeout of the process group."""
+    with pytest.raises(pytest.fail.Exception):
+        run_ranks(waits_in_vain, 2, why, str(tmp_path))
+    assert (tmp_path / "raised").exists()
 
 
 def test_two_jobs_on_a_host_do_not_meet(run_ranks) -> None:

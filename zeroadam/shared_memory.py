@@ -64,7 +64,7 @@ class SharedMemory:
         write(self.slots[self.posted % SLOTS][self.rank])
         for rank, (_, target) in self.pipes.items():
             try:
-                os.write(target, b"1")
+                os.write(target, b"1")  # a system call, so whoever reads it sees the slot as it is now
             except BrokenPipeError:
                 raise RuntimeError(f"rank {rank} of the process group has ended") from None
         self.under_way.append(read)
