@@ -530,9 +530,11 @@ def faulty(fault: signal.Signals) -> float:
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_killed_or_stopped_in_backward_ends_the_others(run_ranks, fault: signal.Signals) -> None:
-    """With torch's own error: at once for a dead peer, after the group's timeout of 5 s for a silent one."""
+    """At once for a dead peer, after the group's timeout of 5 s for a silent one."""
     start = time.monotonic()
-    with pytest.raises(pytest.fail.Exception, match=r"(closed by peer|reset by peer|[Tt]imed out)") as raised:
+    with pytest.raises(
+        pytest.fail.Exception, match=r"(has ended|did not come within|closed by peer|reset by peer|[Tt]imed out)"
+    ) as raised:
         run_ranks(faulty, 3, fault, timeout=40)
     assert time.monotonic() - start < 30
     assert "rank 0" in str(raised.value)

@@ -84,7 +84,8 @@ def layout(param: Tensor, name: str, kept: Precision) -> Tensor:
     """A tensor without memory, of the shape [d0, ...], stride order and dtype of the state called `name`."""
     if name.endswith(SCALES) and (block := block_numel(param)):
         return torch.empty(param.shape[0], math.prod(param.shape[1:]) // block, device="meta")
-    dtype = {"master": torch.float32, "remainder": torch.bfloat16}.get(name, kept.moments)
+    other = kept.compute if kept.moments == torch.uint8 else kept.moments
+    dtype = {"master": torch.float32, "remainder": torch.bfloat16}.get(name, other)
     return torch.empty_like(param, dtype=torch.uint8 if name.endswith(CODES) else dtype, device="meta")
 
 
@@ -113,13 +114,13 @@ def round_stochastically(value: Tensor, into: Tensor, step: Tensor, room: Tensor
     """
     value = quiet(value)
     bits = value.view(torch.int32)
-    shift = step.to(torch.int64).mul(_GOLDEN).to(torch.int32)
-    torch.bitwise_right_shift(bits, 16, out=room).mul_(_HASH).add_(shift).bitwise_right_shift_(16).add_(0x8000)
+    shift = step.to(torch.int64).mul(GOLDEN).to(torch.int32)
+    torch.bitwise_right_shift(bits, 16, out=room).mul_(HASH).add_(shift).bitwise_right_shift_(16).add_(0x8000)
     into.view(torch.int16).copy_(room.add_(bits).bitwise_right_shift_(16))
 
 
-_GOLDEN = 0x9E3779B9 - 2**32
-_HASH = 0x85EBCA6B - 2**32
+GOLDEN = 0x9E3779B9 - 2**32
+HASH = 0x85EBCA6B - 2**32
 
 
 def quantize(value: Tensor, moment: str, block: int) -> tuple[Tensor, Tensor]:

@@ -145,7 +145,7 @@ class SharedMemory:
 
     def _read_first(self) -> None:
         for rank, (source, _) in self.pipes.items():
-            if not self.polls[rank].poll(1000 * self.timeout):
+            if not self.polls[rank].poll(min(1000 * self.timeout, 2**31 - 1)):
                 raise RuntimeError(f"rank {rank} of the process group did not come within {self.timeout:.0f} s")
             if not os.read(source, 1):
                 raise RuntimeError(f"rank {rank} of the process group has ended")

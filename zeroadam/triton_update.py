@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zeroadam.precision import _GOLDEN, _HASH, CODES
+from zeroadam.precision import CODES, GOLDEN, HASH
 
 if TYPE_CHECKING:
     from zeroadam.update import Piece
@@ -83,8 +83,8 @@ def _update_alike(pieces: Sequence["Piece"], group: dict[str, Any], aligned: boo
         maximize=group["maximize"],
         decoupled=group["decoupled_weight_decay"],
         aligned=aligned,
-        hash_=_HASH,
-        golden=_GOLDEN,
+        hash_=HASH,
+        golden=GOLDEN,
         block=BLOCK,
     )
 

@@ -17,6 +17,7 @@ from torch.optim.adam import adam
 from zeroadam.bucket import flat
 from zeroadam.master import MASTERS, follow, join, split
 from zeroadam.precision import CODES, SCALES, dequantize, quantize, round_stochastically
+from zeroadam.state import moments
 
 if torch.cuda.is_available() and importlib.util.find_spec("triton"):
     from zeroadam import triton_update
@@ -119,9 +120,8 @@ def _update_block(block: Sequence[Piece], group: dict[str, Any], room: Room) -> 
         weights.append(weight)
         grads.append(grad)
         state["step"].append(piece.state["step"])
-        for moment in MOMENTS:
-            if moment in piece.state or moment + CODES in piece.state:
-                state[moment].append(_moment(piece, moment, weight, room, numel))
+        for moment in moments(group):
+            state[moment].append(_moment(piece, moment, weight, room, numel))
         numel += weight.numel()
     beta1, beta2 = group["betas"]
     adam(
@@ -144,9 +144,8 @@ def _update_block(block: Sequence[Piece], group: dict[str, Any], room: Room) -> 
         decoupled_weight_decay=group["decoupled_weight_decay"],
     )
     for index, (piece, weight) in enumerate(zip(block, weights, strict=True)):
-        for moment in MOMENTS:
-            if state[moment]:
-                _keep_moment(piece, moment, state[moment][index], room)
+        for moment in moments(group):
+            _keep_moment(piece, moment, state[moment][index], room)
         if "remainder" in piece.state:
             split(weight, piece.param, piece.state["remainder"], room.take("grad", weight, torch.int32, 0))
         elif weight is not piece.param:
