@@ -147,6 +147,8 @@ SCRIPTS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), r
 def test_the_scripts_in_the_readme_run(script: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(script)
     done = torchrun(2, "script.py", cwd=tmp_path)
+    if "terminate called without an active exception" in done.stderr:  # pytorch#56297, at exit: see launch/train.py
+        done = torchrun(2, "script.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
