@@ -42,7 +42,7 @@ def results(
 ) -> list[dict[str, Any]]:
     reference = measured(implementations[0], args.warmup, device)
     expected = implementations[0].parameters()
-    numel = sum(param.numel() for param in expected)
+    numel = numel_of(args.width, args.layers, args.context)
     rows = []
     for implementation in implementations:
         found = measured(implementation, args.warmup, device)
@@ -74,17 +74,23 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
 
 
+def numel_of(width: int, layers: int, context: int) -> int:
+    """Parameters of the model, without building it."""
+    with torch.device("meta"):
+        return sum(param.numel() for param in GPT(width, layers, 1, context).parameters())
+
+
 def alone(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Train with nothing else in the process: medians of the slowest rank, and the most that a rank needs."""
     before = start_peak()
     implementation = Implementation(name, args, device)
-    numel = sum(param.numel() for param in implementation.parameters())
     for tokens in batches(args, device):
         implementation.step(tokens)
     peak = torch.tensor(memory("VmHWM") - before, dtype=torch.float64)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     found = measured(implementation, args.warmup, device) if args.steps else {}
     medians = {what: statistics.median(numbers) for what, numbers in found.items()}
+    numel = numel_of(args.width, args.layers, args.context)
     return {"parameters": numel, "ranks": dist.get_world_size(), "peak": int(peak), **medians}
 
 
@@ -113,7 +119,7 @@ def sweep(args: argparse.Namespace) -> None:
     rows = []
     for world_size in (1, 2, 4, 8):
         for width, layers in SIZES:
-            numel = sum(param.numel() for param in GPT(width, layers, 1, args.context).parameters())
+            numel = numel_of(width, layers, args.context)
             # Parameters, gradients and moments, and what a process has anyway.
             needed = world_size * (300e6 + 4 * numel * (2 + 3 / world_size) * 1.5)
             available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
@@ -176,9 +182,12 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = {"init_method": f"file://{args.store}", "rank": int(os.environ["RANK"])} if args.store else {}
-    store |= {"world_size": int(os.environ["WORLD_SIZE"])} if args.store else {}
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if args.store:  # of its own, beside that of torchrun
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, init_method=f"file://{args.store}", rank=rank, world_size=world_size)
+    else:
+        dist.init_process_group(backend)
     if args.kernel:
         from benchmark_update import measure
 
@@ -191,7 +200,7 @@ def main() -> None:
     if args.checkpoint:
         from benchmark_checkpoint import saving, snapshots
 
-        numel = sum(param.numel() for param in GPT(args.width, args.layers, 1, args.context).parameters())
+        numel = numel_of(args.width, args.layers, args.context)
         for rows in (saving(args, device), snapshots(args, device)):
             if dist.get_rank() == 0:
                 show(rows, numel, args, f"{args.steps} rounds in {args.checkpoint}")
@@ -212,7 +221,7 @@ def main() -> None:
             implementation.step(tokens)
     rows = results(implementations, peaks, args, device)
     if dist.get_rank() == 0:
-        numel = sum(param.numel() for param in implementations[0].parameters())
+        numel = numel_of(args.width, args.layers, args.context)
         show(rows, numel, args, f"{args.steps} steps; ratios to {REFERENCE}")
         if args.plot:
             from draw_benchmark import bars

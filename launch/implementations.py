@@ -18,7 +18,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from train import GPT, Block
+from train import GPT, Block, state_bytes
 
 from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
 
@@ -188,6 +188,4 @@ class Implementation:
         optimizer = self.optimizer
         if isinstance(optimizer, DeepSpeed):
             optimizer = optimizer.engine.optimizer
-        optimizer = getattr(optimizer, "optim", getattr(optimizer, "optimizer", optimizer))
-        moments = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor) and v.dim() > 0]
-        return sum((v.to_local() if isinstance(v, DTensor) else v).nbytes for v in moments)
+        return state_bytes(getattr(optimizer, "optim", getattr(optimizer, "optimizer", optimizer)))

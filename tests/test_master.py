@@ -90,17 +90,24 @@ def low_precision() -> list[nn.Parameter]:
     ]
 
 
+def step_both(
+    step: int, optimizer: ZeroAdam, params: list[Any], plain: torch.optim.Optimizer, copies: list[Any]
+) -> None:
+    """With the same gradients, cast for the copies."""
+    set_gradients(step, params)
+    for p, q in zip(params, copies, strict=True):
+        q.grad = torch.empty_like(q).copy_(p.grad)
+    optimizer.step()
+    plain.step()
+
+
 def train(cls: type[ZeroAdam], options: dict[str, Any], way: str) -> None:
     params = low_precision()
     copies = float_copies(params)
     optimizer = cls(params, **OPTIONS, **options, **WAYS[way], bucket_cap_mb=0.5)
     plain = PLAIN[cls](copies, **OPTIONS, **options)
     for step in range(12):
-        set_gradients(step, params)
-        for p, q in zip(params, copies, strict=True):
-            q.grad = torch.empty_like(q).copy_(p.grad)
-        optimizer.step()
-        plain.step()
+        step_both(step, optimizer, params, plain, copies)
         compare(optimizer, params, plain, copies, way)
 
 

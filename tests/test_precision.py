@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from test_main import zeroadam as command
-from test_master import WAYS, low_precision, master_of
+from test_master import WAYS, float_copies, low_precision, master_of, step_both
 from test_optimizer import PLAIN, assert_same_on_all_ranks, full, set_gradients
 from test_state_dict import equal
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ def compare(optimizer: ZeroAdam, params: list[nn.Parameter], plain: torch.optim.
 def train(cls: type[ZeroAdam], options: dict[str, Any], state: str, way: str | None) -> None:
     zeroadam.update.BLOCK_NUMEL = 2**14  # less than a piece
     params = params_of(way)
-    copies = [nn.Parameter(p.detach().clone() if p.itemsize >= 4 else p.detach().float()) for p in params]
+    copies = float_copies(params)
     kept = {"state_dtype": STATES[state], **(WAYS[way] if way else {})}
     optimizer = cls(params, **OPTIONS, **options, **kept, bucket_cap_mb=0.5)
     eligible = [p for p in params if block_numel(p)]
@@ -134,11 +134,7 @@ def train(cls: type[ZeroAdam], options: dict[str, Any], state: str, way: str | N
     assert all(("exp_avg_8bit" in optimizer.state[p]) == (state == "8bit") for p in eligible)
     plain = PLAIN[cls](copies, **OPTIONS, **options)
     for step in range(8):
-        set_gradients(step, params)
-        for p, q in zip(params, copies, strict=True):
-            q.grad = torch.empty_like(q).copy_(p.grad)
-        optimizer.step()
-        plain.step()
+        step_both(step, optimizer, params, plain, copies)
         keep(plain, params, STATES[state])
         compare(optimizer, params, plain)
 
