@@ -53,11 +53,13 @@ def zero_redundancy(gpt: nn.Module, view: bool) -> tuple[nn.Module, Any]:
     return model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **options)
 
 
-def zeroadam(gpt: nn.Module, hook: Callable[..., Any] | None) -> tuple[nn.Module, Any]:
+def zeroadam(gpt: nn.Module, hook: Callable[..., Any] | None, gather_in_forward: bool = False) -> tuple[nn.Module, Any]:
     model = ddp(gpt)
     optimizer = ZeroAdamW(model.parameters(), **OPTIONS)
     if hook is not None:
         model.register_comm_hook(optimizer, hook)
+    if gather_in_forward:
+        optimizer.gather_in_forward(model)
     return model, optimizer
 
 
@@ -128,6 +130,8 @@ IMPLEMENTATIONS: dict[str, Callable[[nn.Module], tuple[nn.Module, Any]]] = {
     "zeroadam": lambda gpt: zeroadam(gpt, None),
     "zeroadam + hook": lambda gpt: zeroadam(gpt, reduce_scatter_hook),
     "zeroadam + bf16 hook": lambda gpt: zeroadam(gpt, bf16_reduce_scatter_hook),
+    "zeroadam + hook, gather in forward": lambda gpt: zeroadam(gpt, reduce_scatter_hook, True),
+    "zeroadam + bf16 hook, gather in forward": lambda gpt: zeroadam(gpt, bf16_reduce_scatter_hook, True),
     "fsdp1, SHARD_GRAD_OP": fsdp1,
     "fsdp2": fsdp2,
     "fairscale OSS": fairscale,
@@ -153,25 +157,30 @@ class Implementation:
         self.steps: list[dict[str, float]] = []
 
     def step(self, tokens: Tensor) -> None:
+        """Take the step that the gradients of the last call are for, and make new ones.
+
+        In this order, because an all-gather may go on while the next forward runs.
+        """
         dist.barrier()
         sent, start, cpu = sent_bytes(), now(tokens.device), time.process_time()
+        if self.steps:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        middle, middle_cpu = now(tokens.device), time.process_time()
         loss = F.cross_entropy(self.model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         if isinstance(self.optimizer, DeepSpeed):
             self.optimizer.engine.backward(loss)
         else:
             loss.backward()
-        middle, middle_cpu = now(tokens.device), time.process_time()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         end, end_cpu = now(tokens.device), time.process_time()
         dist.barrier()  # all have received what has been sent
         self.steps.append(
             {
                 "wall": end - start,
-                "forward and backward": middle - start,
-                "step": end - middle,
+                "forward and backward": end - middle,
+                "step": middle - start,
                 "CPU": end_cpu - cpu,
-                "CPU of step": end_cpu - middle_cpu,
+                "CPU of step": middle_cpu - cpu,
                 "sent": sent_bytes() - sent,
             }
         )

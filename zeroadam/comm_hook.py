@@ -60,7 +60,11 @@ class Reduction:
         self.under_way: deque[_Part] = deque()
         self.finished: list[_Part] = []
         self.backward = -1  # the last one seen, by its number in the autograd engine
-        self.known: dict[int, list[_Part]] = {}  # the parts of a DDP bucket by its address
+        # The parts of a DDP bucket by its address, from the second time on that it comes. They keep its memory alive,
+        # which DDP frees after the first backward to make other buckets.
+        self.known: dict[int, list[_Part]] = {}
+        self.seen: set[int] = set()
+        self.parts_made = 0
         self.memory: dict[tuple[torch.device, int], Tensor] = {}
         # In `Join`, what a rank without inputs gets for its pieces: DDP does not put it into p.grad there.
         self.joined: list[tuple[Tensor, Tensor]] = []
@@ -113,7 +117,7 @@ class Reduction:
     @property
     def used(self) -> bool:
         """Whether the hook has run."""
-        return bool(self.known or self.joined)
+        return bool(self.seen or self.joined)
 
     def take_joined(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters and gradients that came to this rank without inputs since the last call."""
@@ -133,7 +137,10 @@ class Reduction:
                 )
             # torch.amp.GradScaler then leaves unscaling and infinities to step(), which refuses: see there.
             holder._step_supports_amp_scaling = True
-        parts = self.known[bucket.buffer().data_ptr()] = self._parts(bucket, wire_dtype)
+        parts, address = self._parts(bucket, wire_dtype), bucket.buffer().data_ptr()
+        if address in self.seen:
+            self.known[address] = parts
+        self.seen.add(address)
         return parts
 
     def _parts(self, bucket: dist.GradBucket, wire_dtype: torch.dtype | None) -> "list[_Part]":
@@ -142,12 +149,13 @@ class Reduction:
         for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
             # DDP lays gradients out in the strides of their parameters, GradBucket.gradients() does not tell.
             grads[param] = grad.as_strided(param.shape, param.stride()) if is_dense(param) else grad
-        slot = sum(len(parts) for parts in self.known.values())
+        runs, first = split_by_size(list(grads), PART_BYTES), self.parts_made
+        self.parts_made += len(runs)
         # One for all parts: the gradients of a bucket share their version counter.
         reduced = Reduced(bucket.buffer().untyped_storage().data_ptr(), -1, self.process_group.group_name)
         return [
-            _Part(self, params, [grads[p] for p in params], wire_dtype, (slot + i) % IN_FLIGHT, reduced)
-            for i, params in enumerate(split_by_size(list(grads), PART_BYTES))
+            _Part(self, params, [grads[p] for p in params], wire_dtype, (first + i) % IN_FLIGHT, reduced)
+            for i, params in enumerate(runs)
         ]
 
     def _memory(self, part: "_Part") -> Tensor:

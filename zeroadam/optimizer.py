@@ -1,12 +1,12 @@
 """Adam and AdamW with their state cut across the ranks. Read `step` first."""
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, cast, overload
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms import Join, Joinable, JoinHook
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -17,6 +17,7 @@ from zeroadam.bucket import Bucket, is_direct, share_staging, split_by_size
 from zeroadam.clip import clip_grad_norm_
 from zeroadam.collectives import all_gather, is_gloo
 from zeroadam.comm_hook import Reduction
+from zeroadam.forward_gather import ForwardGather, Gather
 from zeroadam.guard import mark_held, summed_over
 from zeroadam.join import StepAlong, refuse_in_join
 from zeroadam.precision import Precision, bitsandbytes, check_blocks, compute_dtype, precision
@@ -131,6 +132,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._step_supports_amp_scaling = False
         self._whole_state: dict[Tensor, dict[str, Any]] | None = None  # after consolidate_state_dict, on one rank
         self._buckets: list[Bucket] = []
+        self._gathers: dict[Tensor, Gather] = {}
+        self._gathered_in_forward: set[Tensor] = set()
         self._hold(0)
 
     @overload
@@ -162,26 +165,57 @@ class ZeroAdam(torch.optim.Adam, Joinable):
                 loss = closure()
 
         Join.notify_join_context(self)
+        self.finish_gather()  # of parameters that the forward has not used
         self._whole_state = None
         self._shard_new_parameters()
         for bucket in self._buckets:
             bucket.check()
         divisors = {p: summed_over(p, self.process_group) for bucket in self._buckets for p in bucket.params}
-        gathering: deque[tuple[Bucket, Callable[[], None]]] = deque()
+        unpacked: deque[Gather] = deque()
         for bucket in self._buckets:
-            while bucket.packed and sum(bool(other.packed) for other, _ in gathering) == IN_FLIGHT:
-                _finish(*gathering.popleft())
+            if bucket.packed and len(unpacked) == IN_FLIGHT:
+                unpacked.popleft().finish()
             self._update(bucket, bucket.pack(), divisors)
-            gathering.append((bucket, self._gather(bucket)))
-        while gathering:
-            _finish(*gathering.popleft())
+            for gather in self._gather(bucket):
+                self._gathers.update(dict.fromkeys(gather.params, gather))
+                if gather.unpack is not None:
+                    unpacked.append(gather)
+        for param in [param for param in self._gathers if param not in self._gathered_in_forward]:
+            self._gathers.pop(param).finish()
         return loss
 
-    def _gather(self, bucket: Bucket) -> Callable[[], None]:
-        """Start to gather what has been updated; returns what waits for it."""
+    def _gather(self, bucket: Bucket) -> Iterator[Gather]:
+        """Start to gather what has been updated."""
+        unpack = bucket.unpack if bucket.packed else None
         if self.shared is not None and bucket.params[0].device.type == "cpu":
-            return self.shared.all_gather(bucket.rows())
-        return all_gather(bucket.rows(), self.process_group)
+            yield Gather(bucket.params, self.shared.all_gather(bucket.rows()), unpack)
+            return
+        for index, rows in enumerate(bucket.rows()):
+            params = bucket.direct[index : index + 1] or bucket.packed
+            yield Gather(params, all_gather([rows], self.process_group), unpack if params is bucket.packed else None)
+
+    def gather_in_forward(self, model: nn.Module) -> None:
+        """Let the all-gather of `step()` go on during the next forward of `model`, for networks that are slow.
+
+        Each module then waits before its forward for the parameters that it reads, and so do `model.state_dict()`,
+        `model.load_state_dict()` and whatever of this optimizer needs them. Before anything else that reads or writes
+        a parameter after `step()`, such as an average of the weights or `model.to()`, call `finish_gather()`; also
+        before `destroy_process_group()`. Parameters of other models are gathered in `step()` as ever.
+
+        Raises:
+            ValueError: the model has no parameter of this optimizer.
+        """
+        params = {param for group in self.param_groups for param in group["params"]} & set(model.parameters())
+        if not params:
+            raise ValueError("gather_in_forward() needs the model whose parameters this optimizer holds")
+        self._gathered_in_forward |= params
+        ForwardGather(self._gathers, self.finish_gather).watch(model)
+
+    def finish_gather(self) -> None:
+        """Wait until all parameters are on this rank. Needed after `gather_in_forward` only; see there."""
+        with torch.no_grad():
+            while self._gathers:
+                self._gathers.pop(next(iter(self._gathers))).finish()
 
     def _update(self, bucket: Bucket, pieces: Sequence[Tensor], divisors: dict[Tensor, int]) -> None:
         """One step of torch's Adam, in place on `pieces` and their state, [c, ...] each, where there is a gradient."""
@@ -224,6 +258,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         if not hasattr(self, "_buckets"):  # torch's constructor adds its groups here; ours checks them all at once
             self._add_valid(param_group)
             return
+        self.finish_gather()
         before = len(self.param_groups)
 
         def add() -> Manifest:
@@ -281,6 +316,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             RuntimeError: rank `to` has too little memory; ranks that disagree on `to`; inside `Join`.
         """
         refuse_in_join(self, "consolidate_state_dict()")
+        self.finish_gather()
         if not 0 <= to < self.world_size:
             raise ValueError(f"there is no rank {to} in a process group of {self.world_size}")
         whole: dict[Tensor, dict[str, Any]] | None = None
@@ -323,6 +359,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             assert loading is not None
             return loading.copy()
 
+        self.finish_gather()
         hook = self.register_load_state_dict_pre_hook(take_over)
         try:
             super().load_state_dict(state_dict)
@@ -434,8 +471,3 @@ class ZeroAdamW(ZeroAdam):
         super().__setstate__(state)
         for group in self.param_groups:  # as in torch: also for dicts that were saved before it had this key
             group["decoupled_weight_decay"] = True
-
-
-def _finish(bucket: Bucket, wait: Callable[[], None]) -> None:
-    wait()
-    bucket.unpack()

@@ -23,8 +23,8 @@ from torch import Tensor
 from zeroadam.bucket import Rows
 from zeroadam.collectives import sum_rows
 
-SLOT_BYTES = 2**20
-IN_FLIGHT = 3
+SLOT_BYTES = 2**19
+IN_FLIGHT = 6
 SLOTS = 2 * IN_FLIGHT
 VARIABLE = "ZEROADAM_SHARED_MEMORY"  # 0 turns it off
 

@@ -1,0 +1,236 @@
+"""gather_in_forward: whoever reads a parameter reads the new one, and no sooner waits for it than that.
+
+The gathers of these tests come late: nothing arrives before it is waited for, and until then the other ranks' pieces
+are NaN.
+"""
+
+import copy
+import io
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+
+from zeroadam import ZeroAdamW, optimizer, reduce_scatter_hook
+
+ADAMW = {"lr": 1e-3, "weight_decay": 0.1, "fused": False}
+
+
+def come_late() -> None:
+    os.environ["ZEROADAM_SHARED_MEMORY"] = "0"
+    gather = optimizer.all_gather
+
+    def late(exchanges: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> Callable[[], None]:
+        others = [row for rows in exchanges for rank, row in enumerate(rows) if rank != group.rank()]
+        for row in others:
+            row.fill_(torch.nan)
+        return lambda: gather(exchanges, group)()
+
+    optimizer.all_gather = late
+
+
+class Net(nn.Module):
+    """Children that are read and not called, in training or in evaluation only; tied, small, and unused ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.position = nn.Embedding(11, 512), nn.Embedding(4, 512)
+        self.attention = nn.TransformerEncoderLayer(512, 4, 600, dropout=0.0, batch_first=True)
+        self.wide, self.narrow = nn.Linear(512, 700), nn.Linear(700, 512)
+        self.sometimes = nn.ModuleList([nn.Linear(512, 512), nn.Linear(512, 512)])
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.head = nn.Linear(512, 11)
+        self.head.weight = self.embedding.weight
+
+    def middle(self, x: Tensor) -> Tensor:
+        return x + self.narrow(torch.relu(self.wide(x)))
+
+    def forward(self, tokens: Tensor, which: int = 0) -> Tensor:
+        x = self.embedding(tokens) + self.position.weight
+        x = checkpoint(self.middle, self.attention(x) * self.scale, use_reentrant=False)
+        return self.head(x + self.sometimes[which](x))
+
+
+def tokens_of(step: int, rank: int) -> Tensor:
+    return torch.randint(11, (2, 4), generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def train(*, in_forward: bool, hook: bool, late: bool, compiled: bool = False) -> tuple[list[float], list[Tensor]]:
+    if late:
+        come_late()
+    rank = dist.get_rank()
+    net = Net()
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True, find_unused_parameters=True)
+    optimizer = ZeroAdamW(model.parameters(), **ADAMW)
+    if hook:
+        model.register_comm_hook(optimizer, reduce_scatter_hook)
+    if in_forward:
+        optimizer.gather_in_forward(model)
+    forward = torch.compile(model, backend="eager") if compiled else model
+    losses = []
+
+    def loss_of(step: int, which: int, forward: nn.Module = forward) -> Tensor:
+        tokens = tokens_of(step, rank)
+        return nn.functional.cross_entropy(forward(tokens, which).flatten(0, 1), tokens.roll(1).flatten())
+
+    for step in range(6):
+        for micro in range(2):  # the other layer is known only later, and not in every forward
+            with model.no_sync() if micro == 0 else nullcontext():
+                loss_of(2 * step + micro, int(step > 2 and micro == 1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 2:
+            model.eval()
+            with torch.no_grad():
+                losses.append(loss_of(1000, 0).item())
+            model.train()
+            losses.append(loss_of(1001, 1, net).item())  # of which DDP learns nothing
+    parameters = [value.clone() for value in model.state_dict().values()]
+    optimizer.finish_gather()
+    return losses, parameters
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_bitwise_as_without(run_ranks: Any, world_size: int, late: bool, hook: bool) -> None:
+    """Losses, of training and of evaluation, and parameters; by sockets that deliver late, or by shared memory."""
+    expected = run_ranks(run, world_size, {"in_forward": False, "hook": hook, "late": False})
+    found = run_ranks(run, world_size, {"in_forward": True, "hook": hook, "late": late})
+    for (losses, parameters), (expected_losses, expected_parameters) in zip(found, expected, strict=True):
+        assert losses == expected_losses
+        assert all(torch.equal(a, b) for a, b in zip(parameters, expected_parameters, strict=True))
+
+
+def test_compiled_models(run_ranks: Any) -> None:
+    """To the rounding of other graphs, as these end at the modules' hooks; what comes late would be NaN."""
+    options = {"hook": True, "late": True, "compiled": True}
+    (expected, _), _ = run_ranks(run, 2, {**options, "in_forward": False})
+    (losses, _), _ = run_ranks(run, 2, {**options, "in_forward": True})
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
+
+
+def run(options: dict[str, bool]) -> tuple[list[float], list[Tensor]]:
+    return train(**options)
+
+
+def layers() -> tuple[nn.Module, ZeroAdamW, list[str]]:
+    """A model of three large layers whose gathers come late, after two steps; and what is waited for and called."""
+    come_late()
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(3)))
+    optimizer = ZeroAdamW(model.parameters(), **ADAMW)
+    optimizer.gather_in_forward(model)
+    for _ in range(2):
+        model(torch.ones(1, 512)).sum().backward()
+        optimizer.step()
+    events: list[str] = []
+    for index, layer in enumerate(model):
+        gather = optimizer._gathers[layer.weight]
+        wait = gather.wait
+
+        def wait_and_tell(index: int = index, wait: Callable[[], None] = wait) -> None:
+            events.append(f"wait {index}")
+            wait()
+
+        gather.wait = wait_and_tell
+        layer.register_forward_hook(lambda *_, index=index: events.append(f"ran {index}"))
+    return model, optimizer, events
+
+
+def overlap() -> list[str]:
+    model, _, events = layers()
+    assert model[2].weight.isnan().any()
+    assert not model(torch.ones(1, 512)).isnan().any()
+    return events
+
+
+def test_waits_when_it_is_time(run_ranks: Any) -> None:
+    """A layer runs before the parameters of the next are waited for."""
+    for events in run_ranks(overlap, 2):
+        assert events == ["wait 0", "ran 0", "wait 1", "ran 1", "wait 2", "ran 2"]
+
+
+def readers(model: nn.Module, own: ZeroAdamW) -> list[Callable[[], Any]]:
+    return [
+        own.step,
+        own.finish_gather,
+        own.consolidate_state_dict,
+        lambda: own.add_param_group({"params": [nn.Parameter(torch.ones(3))]}),
+        lambda: own.load_state_dict(own.state_dict()),
+        model.state_dict,
+        lambda: model[2].state_dict(),
+        lambda: model[2].load_state_dict(model[1].state_dict()),
+    ]
+
+
+def other_readers() -> None:
+    gather = optimizer.all_gather
+    for index in range(len(readers(nn.Module(), ZeroAdamW([nn.Parameter(torch.ones(1))])))):
+        optimizer.all_gather = gather
+        model, own, _ = layers()
+        assert model[2].weight.isnan().any()
+        readers(model, own)[index]()
+        if index == 0:
+            assert own._gathers  # the next ones
+            own.finish_gather()
+        assert not any(p.isnan().any() for p in model.parameters())
+        assert not own._gathers
+
+
+def test_who_else_reads_waits(run_ranks: Any) -> None:
+    run_ranks(other_readers, 2)
+
+
+def copies() -> None:
+    os.environ["ZEROADAM_SHARED_MEMORY"] = "0"
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 3))
+    other = nn.Linear(512, 512)
+    optimizer = ZeroAdamW([*model.parameters(), *other.parameters()], **ADAMW)
+    optimizer.gather_in_forward(model)
+    average = AveragedModel(model)
+    for step in range(3):
+        (model(torch.ones(1, 512)).sum() + other(torch.ones(1, 512)).sum()).backward()
+        optimizer.step()
+        assert not set(optimizer._gathers) & set(other.parameters()), "nobody would wait for them"
+        optimizer.finish_gather()
+        average.update_parameters(model)
+        assert torch.equal(average(torch.ones(1, 512)), copy.deepcopy(average)(torch.ones(1, 512)))
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+        assert torch.equal(again(torch.ones(1, 512)), model(torch.ones(1, 512))), step
+        assert again.state_dict().keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match="model whose parameters this optimizer holds"):
+        optimizer.gather_in_forward(nn.Linear(2, 2))
+
+
+def test_models_can_be_copied_and_saved(run_ranks: Any) -> None:
+    """And what is not in the model has been gathered when step() returns."""
+    run_ranks(copies, 2)
+
+
+def fail() -> None:
+    model, own, _ = layers()
+    handle = model[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(torch.ones(1, 512))
+    handle.remove()
+    for _ in range(2):
+        assert not model(torch.ones(1, 512)).isnan().any()
+        model(torch.ones(1, 512)).sum().backward()
+        own.step()
+
+
+def test_goes_on_after_a_failed_forward(run_ranks: Any) -> None:
+    run_ranks(fail, 2)

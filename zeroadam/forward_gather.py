@@ -1,0 +1,98 @@
+"""Gathers that go on during the next forward, in which each module waits for its own parameters only.
+
+A module may read parameters of a child without calling it, as torch's MultiheadAttention and fused encoder layers do.
+So a module's first forward waits for all parameters below it; the next ones not for those below children that it has
+called every time, as they wait themselves. Modules behave otherwise in training, in evaluation and without gradients;
+each of these has a first time of its own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Gather:
+    """Parameters [d0, ...] of which the other ranks' pieces are on their way; `finish` may be called again."""
+
+    def __init__(self, params: Sequence[Tensor], wait: Callable[[], None], unpack: Callable[[], None] | None) -> None:
+        self.params, self.wait, self.unpack, self.done = params, wait, unpack, False
+
+    def finish(self) -> None:
+        if not self.done:
+            self.done = True
+            self.wait()
+            if self.unpack is not None:
+                self.unpack()
+
+
+class ForwardGather:
+    """Hooks on all modules of a model that finish gathers before something reads their parameters.
+
+    Args:
+        gathers: the gather of each parameter that is on its way.
+        finish_all: finishes all of them.
+    """
+
+    def __init__(self, gathers: dict[Tensor, Gather], finish_all: Callable[[], None]) -> None:
+        self.gathers, self.finish_all = gathers, finish_all
+        # The modules whose forward is running, outermost first, and what each has called so far.
+        self.running: list[tuple[nn.Module, set[nn.Module]]] = []
+        self.called: dict[tuple[Any, ...], set[nn.Module]] = {}  # every time so far
+        self.reads: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    def watch(self, model: nn.Module) -> None:
+        for module in model.modules():
+            module.register_forward_pre_hook(self.before)
+            module.register_forward_hook(self.after, always_call=True)
+            module.register_state_dict_pre_hook(self.before_state_dict)
+            module.register_load_state_dict_pre_hook(self.before_state_dict)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
+        if _in_backward():  # of a checkpoint, which stops halfway
+            return
+        if self.running:
+            self.running[-1][1].add(module)
+        self.running.append((module, set()))
+        if self.gathers:
+            reads = self.reads.get(_key(module))
+            for param in module.parameters() if reads is None else reads:
+                if (gather := self.gathers.pop(param, None)) is not None:
+                    gather.finish()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
+        if _in_backward():
+            return
+        called, key = self.running.pop()[1], _key(module)
+        before = self.called.get(key)
+        if before is None or not before <= called:
+            self.called[key] = called if before is None else before & called
+            self.reads[key] = list(_parameters(module, self.called[key]))
+
+    def before_state_dict(self, *args: Any) -> None:  # noqa: ARG002
+        self.finish_all()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ForwardGather":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a model that is pickled goes without
+        return ForwardGather, ({}, dict)
+
+
+def _key(module: nn.Module) -> tuple[Any, ...]:
+    return module, module.training, torch.is_grad_enabled()
+
+
+def _parameters(module: nn.Module, without: set[nn.Module]) -> Iterator[Tensor]:
+    """Of a module and what is below it, except below some children."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if child not in without:
+            yield from _parameters(child, without)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
