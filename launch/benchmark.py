@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from implementations import REFERENCE, Implementation, installed
+from implementations import LIMITS, REFERENCE, Implementation, Limit, installed
 from measure import memory, start_peak
 from train import GPT
 
 
-def measured(implementation: Implementation, warmup: int, device: torch.device) -> dict[str, list[float]]:
+def measured(implementation: Implementation | Limit, warmup: int, device: torch.device) -> dict[str, list[float]]:
     """Of every measured step, the most that any rank took."""
     rows = [list(step.values()) for step in implementation.steps[warmup:]]
     table = torch.tensor(rows, device=device, dtype=torch.float64).T.contiguous()
@@ -38,17 +38,27 @@ def measured(implementation: Implementation, warmup: int, device: torch.device) 
 
 
 def results(
-    implementations: list[Implementation], peaks: dict[str, int], args: argparse.Namespace, device: torch.device
+    implementations: list[Implementation | Limit], peaks: dict[str, int], args: argparse.Namespace, device: torch.device
 ) -> list[dict[str, Any]]:
     reference = measured(implementations[0], args.warmup, device)
-    expected = implementations[0].parameters()
+    expected = implementations[0].parameters() if isinstance(implementations[0], Implementation) else []
     numel = numel_of(args.width, args.layers, args.context)
     rows = []
     for implementation in implementations:
         found = measured(implementation, args.warmup, device)
         ratios = sorted(mine / its for mine, its in zip(found["wall"], reference["wall"], strict=True))
         cpu = [mine / its for mine, its in zip(found["CPU"], reference["CPU"], strict=True)]
-        bitwise = [torch.equal(mine, its) for mine, its in zip(implementation.parameters(), expected, strict=True)]
+        if isinstance(implementation, Implementation):
+            pairs = zip(implementation.parameters(), expected, strict=True)
+            own = {
+                "forward + backward, ms": 1000 * statistics.median(found["forward and backward"]),
+                "step, ms": 1000 * statistics.median(found["step"]),
+                "state, MB": implementation.state_bytes() / 1e6,
+                "peak, MB": peaks[implementation.name] / 1e6,
+                "bitwise": all(torch.equal(mine, its) for mine, its in pairs),
+            }
+        else:
+            own = dict.fromkeys(("forward + backward, ms", "step, ms", "state, MB", "peak, MB", "bitwise"), "")
         rows.append(
             {
                 "implementation": implementation.name,
@@ -57,13 +67,9 @@ def results(
                 "p90": ratios[len(ratios) * 9 // 10],
                 "CPU ratio": statistics.median(cpu),
                 "ms": 1000 * statistics.median(found["wall"]),
-                "forward + backward, ms": 1000 * statistics.median(found["forward and backward"]),
-                "step, ms": 1000 * statistics.median(found["step"]),
                 "CPU, ms": 1000 * statistics.median(found["CPU"]),
                 "sent, bytes/param": statistics.median(found["sent"]) / local_ranks() / numel,
-                "state, MB": implementation.state_bytes() / 1e6,
-                "peak, MB": peaks[implementation.name] / 1e6,
-                "bitwise": all(bitwise),
+                **own,
             }
         )
     return rows
@@ -146,7 +152,7 @@ def batches(args: argparse.Namespace, device: torch.device) -> list[torch.Tensor
 
 
 def main() -> None:
-    names = installed()
+    names = [*installed(), *LIMITS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30, help="measured, after --warmup")
     parser.add_argument("--warmup", type=int, default=3)
@@ -169,7 +175,7 @@ def main() -> None:
     parser.add_argument("--params", nargs="+", type=float, default=[20], help="with --kernel: millions of a shard")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--sweep", action="store_true", help="without torchrun: sizes and numbers of ranks, for growth")
-    parser.add_argument("--alone", choices=names, metavar="NAME", help="train with one implementation alone")
+    parser.add_argument("--alone", choices=installed(), metavar="NAME", help="train with one implementation alone")
     parser.add_argument("--store", help=argparse.SUPPRESS)
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
     args = parser.parse_args()
@@ -213,20 +219,26 @@ def main() -> None:
         leave()
         return
     names = [REFERENCE, *(name for name in args.only if name != REFERENCE)]
-    peaks = peaks_of(names, args)
-    implementations = [Implementation(name, args, device) for name in names]
+    peaks = peaks_of([name for name in names if name not in LIMITS], args)
+    numel = numel_of(args.width, args.layers, args.context)
+    implementations = [
+        Limit(name, numel, device) if name in LIMITS else Implementation(name, args, device) for name in names
+    ]
     for step, tokens in enumerate(batches(args, device)):
         turn = step % len(implementations)
         for implementation in implementations[turn:] + implementations[:turn]:
             implementation.step(tokens)
     rows = results(implementations, peaks, args, device)
     if dist.get_rank() == 0:
-        numel = numel_of(args.width, args.layers, args.context)
         show(rows, numel, args, f"{args.steps} steps; ratios to {REFERENCE}")
         if args.plot:
             from draw_benchmark import bars
 
-            bars(args.plot, rows, f"{numel / 1e6:.1f} M parameters, {dist.get_world_size()} ranks")
+            bars(
+                args.plot,
+                [row for row in rows if row["implementation"] not in LIMITS],
+                f"{numel / 1e6:.1f} M parameters, {dist.get_world_size()} ranks",
+            )
     leave()
 
 

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from train import GPT, Block, state_bytes
 
 from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
+from zeroadam.collectives import all_gather, is_gloo, reduce_scatter
 
 REFERENCE = "ddp + adamw"
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
@@ -144,6 +145,63 @@ NEEDED = {"fairscale OSS": "fairscale", "deepspeed, stage 1": "deepspeed", "deep
 def installed() -> list[str]:
     """The implementations that can be compared here."""
     return [name for name in IMPLEMENTATIONS if name not in NEEDED or importlib.util.find_spec(NEEDED[name])]
+
+
+def bare_copy(numel: int, device: torch.device) -> Callable[[], Any]:
+    source, target = torch.zeros(numel, device=device), torch.zeros(numel, device=device)
+    return lambda: target.copy_(source)
+
+
+def bare_adam(numel: int, device: torch.device) -> Callable[[], Any]:
+    param = torch.zeros(-(-numel // dist.get_world_size()), device=device, requires_grad=True)
+    param.grad = torch.zeros_like(param)
+    return torch.optim.AdamW([param], **OPTIONS, fused=True).step
+
+
+def bare_transfer(numel: int, device: torch.device) -> Callable[[], Any]:
+    """To each rank the gradients of its share, from each its share of the parameters: the fewest bytes there are."""
+    model = nn.ParameterList([torch.zeros(numel, device=device)])
+    optimizer = ZeroAdamW(model.parameters(), **OPTIONS)
+    (bucket,) = optimizer._buckets
+    group, rank = optimizer.process_group, optimizer.rank
+    row = bucket.rows()[0][rank]
+    senders = group.size() - 1 if is_gloo(group, device.type) else 0
+    received = [[torch.empty_like(row) for _ in range(senders)]]
+
+    def transfer() -> None:
+        if optimizer.shared is not None:
+            optimizer.shared.reduce_scatter(bucket.rows())()
+            optimizer.shared.all_gather(bucket.rows())()
+        else:
+            reduce_scatter(bucket.rows(), received, group)()
+            all_gather(bucket.rows(), group)()
+
+    return transfer
+
+
+# What no implementation can do without, alone and with nothing else to wait for.
+LIMITS: dict[str, Callable[[int, torch.device], Callable[[], Any]]] = {
+    "limit: a copy of the parameters": bare_copy,
+    "limit: AdamW(fused) on 1/W": bare_adam,
+    "limit: the bytes there and back": bare_transfer,
+}
+
+
+class Limit:
+    """One of LIMITS, which takes turns like the implementations."""
+
+    def __init__(self, name: str, numel: int, device: torch.device) -> None:
+        self.name, self.device = name, device
+        self.run = LIMITS[name](numel, device)
+        self.steps: list[dict[str, float]] = []
+
+    def step(self, tokens: Tensor) -> None:  # noqa: ARG002
+        dist.barrier()
+        sent, start, cpu = sent_bytes(), now(self.device), time.process_time()
+        self.run()
+        end, end_cpu = now(self.device), time.process_time()
+        dist.barrier()
+        self.steps.append({"wall": end - start, "CPU": end_cpu - cpu, "sent": sent_bytes() - sent})
 
 
 class Implementation:

@@ -23,7 +23,6 @@ import time
 from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -162,6 +161,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--optimizer", choices=["zeroadam", "adamw", "zero_redundancy"], default="zeroadam")
     add("--kernel", choices=["fused", "foreach"], default="fused", help="which of torch's Adam kernels to use")
     add("--hook", choices=["none", *HOOKS], default="none", help="how zeroadam gets its gradients, if not from DDP")
+    add("--gather-in-forward", action="store_true", help="let the all-gather go on during the next forward")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the parameters, and of all computation")
     add(
         "--master-weights",
@@ -225,6 +225,8 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("hook", "master_weights", "state_dtype"):
         if (value := getattr(args, name)) != "none" and args.optimizer != "zeroadam":
             parser.error(f"--{name.replace('_', '-')} {value} works with --optimizer zeroadam only")
+    if args.gather_in_forward and args.optimizer != "zeroadam":
+        parser.error("--gather-in-forward works with --optimizer zeroadam only")
     if args.optimizer == "zero_redundancy" and (args.checkpoint_dir or args.resume not in ("newest", "none")):
         parser.error("torch.distributed.checkpoint cannot save the state of --optimizer zero_redundancy")
     if not args.data.exists():
@@ -258,46 +260,6 @@ def name_of(args: argparse.Namespace) -> str:
     )
 
 
-def draw(args: argparse.Namespace, done: Progress, held: list[int], full: int) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), width_ratios=[2, 1], layout="constrained")
-    left.plot(range(1, len(done.losses) + 1), done.losses, linewidth=1, alpha=0.6, label="training")
-    left.plot(*zip(*done.held_out, strict=True), marker="o", label="held out")
-    left.set(xlabel="step", ylabel="loss, nats per byte", title=f"{args.optimizer} on {len(held)} ranks")
-    left.legend()
-    bars = right.bar(["AdamW", *(f"rank {rank}" for rank in range(len(held)))], [b / 2**20 for b in (full, *held)])
-    bars[0].set_color("lightgray")
-    right.bar_label(bars, fmt="%.1f")
-    right.set(ylabel="MiB", title="optimizer state per rank")
-    right.tick_params(axis="x", rotation=90 if len(held) > 4 else 0)
-    figure.savefig(args.plot, dpi=120)
-
-
-def draw_runs(file: Path, runs: list[dict[str, Any]]) -> None:
-    """Held-out losses beside each other, from half of the run on, as they differ little beside where they began."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=[3, 2], layout="constrained")
-    for number, run in enumerate(runs):
-        half = run["held_out"][len(run["held_out"]) // 2 :]
-        left.plot(*zip(*half, strict=True), marker=".", color=f"C{number}")
-        name = f"{run['name']}\n{half[-1][1]:.4f} nats"
-        bar = right.barh([name], [max(state for state, _ in run["state"]) / 2**20], color=f"C{number}")
-        right.bar_label(bar, fmt=" %.1f", padding=1)
-    left.set(xlabel="step", ylabel="loss held out, nats per byte")
-    right.invert_yaxis()
-    right.margins(x=0.15)
-    right.set(xlabel="MiB of optimizer state per rank")
-    figure.savefig(file, dpi=120)
-
-
 def train(args: argparse.Namespace) -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -313,6 +275,8 @@ def train(args: argparse.Namespace) -> None:
     optimizer = build_optimizer(model, args)
     if args.hook != "none":
         model.register_comm_hook(optimizer, HOOKS[args.hook])
+    if args.gather_in_forward:
+        optimizer.gather_in_forward(model)
 
     def factor(step: int) -> float:
         if step < args.warmup:
@@ -384,6 +348,8 @@ def train(args: argparse.Namespace) -> None:
 
     if checkpoints is not None:
         checkpoints.close()
+    if args.gather_in_forward:
+        optimizer.finish_gather()
     per_rank: list[tuple[int, int]] = [(0, 0)] * world_size
     dist.all_gather_object(per_rank, (state_bytes(optimizer), peak_bytes(device)))
     if progress is not None:
@@ -396,12 +362,13 @@ def train(args: argparse.Namespace) -> None:
         this_run = {"name": name_of(args), "losses": done.losses, "held_out": done.held_out, "state": per_rank}
         if args.json:
             args.json.write_text(json.dumps(this_run))
-        if args.plot and args.compare:
-            draw_runs(args.plot, [this_run, *(json.loads(file.read_text()) for file in args.compare)])
-        elif args.plot:
-            full = sum(2 * p.nbytes for p in gpt.parameters())
-            draw(args, done, [state for state, _ in per_rank], full)
         if args.plot:
+            import draw_training
+
+            if args.compare:
+                draw_training.several(args.plot, [this_run, *(json.loads(file.read_text()) for file in args.compare)])
+            else:
+                draw_training.one(args.plot, this_run, sum(2 * p.nbytes for p in gpt.parameters()))
             print(f"\nwrote {args.plot}")
     # torch can deadlock (pytorch#56297) when a gloo group goes away while one of its threads, just done with a
     # collective, waits for the interpreter's lock to free its tensors. Sleeping lets them finish.
