@@ -1,4 +1,4 @@
-"""`zeroadam export` and `zeroadam inspect`: what is in a checkpoint, and as plain PyTorch. One process, no GPU."""
+"""`zeroadam export` and `inspect`: what is in a checkpoint, and as plain PyTorch; `plan`: what a training will need."""
 
 import argparse
 import os
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from zeroadam import plan_command
 from zeroadam.checkpoint import check_files, read, read_metadata
 from zeroadam.master import MASTERS, convert
 from zeroadam.precision import dequantize_entry
@@ -189,14 +190,20 @@ def main() -> None:
         command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_DIR", help="written by torch's dcp.save")
         if name == "export":
             command.add_argument("file", type=Path, metavar="FILE.pt", help="replaced if it exists")
+    what = "how many bytes each rank will hold and send, before anything is built"
+    plan_command.add_arguments(commands.add_parser("plan", help=what, description=what))
     args = parser.parse_args()
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `zeroadam inspect ... | head` ends without a word
     try:
         if args.command == "export":
             export(args.checkpoint, args.file)
-        else:
+        elif args.command == "inspect":
             inspect(args.checkpoint)
+        else:
+            plan_command.run(args)
+    except ModuleNotFoundError as error:
+        sys.exit(f"zeroadam {args.command}: {error}: pip install 'zeroadam[plan]'")
     except (ValueError, OSError, RuntimeError) as error:  # torch says RuntimeError where a disk is full
         sys.exit(f"zeroadam {args.command}: {error}")
 

@@ -5,7 +5,7 @@ tensor. The others are packed: the piece of rank r of every such tensor, one beh
 area [W, n]. Adam runs on a parameter itself or, if it is packed, on this rank's row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from zeroadam.shard import shard
 
 # Pieces of this size and more are not packed: a message of their own costs less than copying them twice.
 DIRECT_BYTES = 256 * 2**10
+# Buckets whose gather may be under way at once if they pack something; each of them has staging memory of its own.
+IN_FLIGHT = 3
 
 
 class Bucket:
@@ -168,15 +170,43 @@ def split_by_size(params: Sequence[Tensor], cap_bytes: float) -> list[list[Tenso
     return runs
 
 
-def share_staging(buckets: Sequence[Bucket], in_flight: int) -> None:
-    """Give all buckets their rows, so that of those with packed tensors `in_flight` in a row can be in use."""
+def make_buckets(
+    params: Sequence[Tensor],
+    group_index: int,
+    rank: int,
+    world_size: int,
+    cap_bytes: float,
+    equal_rows: Callable[[Tensor], bool],
+) -> list[Bucket]:
+    """Buckets of about `cap_bytes` for parameters of one param group; those that pack nothing apart, as they need not
+    wait for staging memory."""
+    buckets = []
+    direct = {p: is_direct(p, world_size, equal_rows(p)) for p in params}
+    for kind in (False, True):
+        for some in split_by_size([p for p in params if direct[p] is kind], cap_bytes):
+            buckets.append(Bucket(some, group_index, rank, world_size, equal_rows=equal_rows(some[0])))
+    return buckets
+
+
+def staging_bytes(buckets: Sequence[Bucket]) -> int:
+    """Of the memory that `share_staging` makes for buckets on one device."""
+    packed = [bucket.staging_bytes for bucket in buckets if bucket.packed]
+    return min(IN_FLIGHT, len(packed)) * max(packed, default=0)
+
+
+def share_staging(buckets: Sequence[Bucket]) -> None:
+    """Give all buckets their rows, so that of those with packed tensors `IN_FLIGHT` in a row can be in use."""
     most = max(bucket.staging_bytes for bucket in buckets)
     memory: dict[tuple[torch.device, int], Tensor] = {}
-    for k, bucket in enumerate(sorted(buckets, key=lambda bucket: not bucket.packed)):
-        slot = (bucket.params[0].device, k % in_flight)
+    packed = [bucket for bucket in buckets if bucket.packed]
+    for k, bucket in enumerate(packed):
+        slot = (bucket.params[0].device, k % IN_FLIGHT)
         if slot not in memory:
             memory[slot] = torch.empty(most, dtype=torch.uint8, device=slot[0])
         bucket.use_staging(memory[slot])
+    for bucket in buckets:
+        if not bucket.packed:
+            bucket.use_staging(torch.empty(0, dtype=torch.uint8, device=bucket.params[0].device))
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from zeroadam.agree import Manifest, check_ranks_agree, check_supported, describe_groups, joined_group
-from zeroadam.bucket import Bucket, is_direct, share_staging, split_by_size
+from zeroadam.bucket import IN_FLIGHT, Bucket, make_buckets, share_staging
 from zeroadam.clip import clip_grad_norm_
 from zeroadam.collectives import all_gather, is_gloo
 from zeroadam.comm_hook import Reduction
@@ -26,9 +26,6 @@ from zeroadam.shared_memory import open_shared_memory
 from zeroadam.state import choose_kernel, new_state
 from zeroadam.state_dict import Kept, Loading, ShardedState, describe_state, empty_state, gather_state, prepare_loading
 from zeroadam.update import STATE, Piece, update
-
-# Buckets whose gather may be under way at once; each of them has staging memory of its own.
-IN_FLIGHT = 3
 
 
 class ZeroAdam(torch.optim.Adam, Joinable):
@@ -396,13 +393,10 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         for index, group in enumerate(self.param_groups):
             new = [p for p in group["params"] if p not in held and (p.requires_grad or p.grad is not None)]
             self._fill_state(new, group)
-            direct = {p: is_direct(p, self.world_size, self._equal_rows(p)) for p in new}
-            for kind in (False, True):  # apart, as buckets without packed parameters need not wait for staging memory
-                for params in split_by_size([p for p in new if direct[p] is kind], self.bucket_cap_mb * 2**20):
-                    equal_rows = self._equal_rows(params[0])
-                    self._buckets.append(Bucket(params, index, self.rank, self.world_size, equal_rows=equal_rows))
+            cap_bytes = self.bucket_cap_mb * 2**20
+            self._buckets += make_buckets(new, index, self.rank, self.world_size, cap_bytes, self._equal_rows)
         if len(held) < sum(len(bucket.params) for bucket in self._buckets):
-            share_staging(self._buckets, IN_FLIGHT)
+            share_staging(self._buckets)
 
     def _fill_state(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
         for param in params:

@@ -20,9 +20,14 @@ FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 def new_state(param: Tensor, group: dict[str, Any], mesh: DeviceMesh, kept: Precision) -> dict[str, Tensor]:
     """Adam's state before the first step: `step` [] on every rank, the others [d0, ...] with [c, ...] of it here."""
-    names = [name for moment in moments(group) for name in stored_names(moment, kept.moments)]
-    names += [kept.master] if kept.master else []
+    names = state_names(group["amsgrad"], kept)
     return {"step": new_step(param, group), **{name: new_tensor(param, name, kept, mesh) for name in names}}
+
+
+def state_names(amsgrad: bool, kept: Precision) -> list[str]:
+    """Under which names the state of a parameter is kept, but for its `step`."""
+    names = [name for moment in moments({"amsgrad": amsgrad}) for name in stored_names(moment, kept.moments)]
+    return names + ([kept.master] if kept.master else [])
 
 
 def moments(group: dict[str, Any]) -> list[str]:

@@ -1,0 +1,140 @@
+"""What a training will hold and send, before anything is built: by the code that lays it out, on the meta device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from zeroadam.bucket import Bucket, make_buckets, staging_bytes
+from zeroadam.comm_hook import bf16_reduce_scatter_hook
+from zeroadam.master import MASTERS
+from zeroadam.precision import check_blocks, layout, precision
+from zeroadam.shard import shard
+from zeroadam.state import state_names
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """Of one rank, all in bytes."""
+
+    parameters: int
+    gradients: int
+    moments: int
+    master: int  # float32 copies of low-precision parameters, or what they are made of
+    steps: int  # the count of steps of each parameter
+    staging: int  # room for packing small parameters for the all-gather
+    sent: int  # to other ranks per step, by ring algorithms; not sent where all ranks share a host's memory
+
+    @property
+    def total(self) -> int:
+        """Held at the end of backward, but for activations."""
+        return self.parameters + self.gradients + self.state + self.staging
+
+    @property
+    def state(self) -> int:
+        return self.moments + self.master + self.steps
+
+
+def plan(
+    params: ParamsT,
+    world_size: int,
+    *,
+    amsgrad: bool = False,
+    master_dtype: torch.dtype | None = None,
+    store_param_remainders: bool = False,
+    state_dtype: torch.dtype | None = None,
+    bucket_cap_mb: float = 25,
+    hook: Callable[..., Any] | None = None,
+    backend: str = "nccl",
+) -> list[RankBytes]:
+    """The bytes of each of `world_size` ranks that train with `ZeroAdam`; as it takes them, but for the last two.
+
+    To the byte what a run allocates for as long as it lasts. On top come, with a hook, room for what is being reduced:
+    of three parts of 25 MB the small gradients, and on gloo what is received; and what the update of a bucket in
+    another precision than the parameters' makes on the way.
+
+    Args:
+        params: parameters or param groups, [d0, ...] each; on the meta device they need no memory. Those that require
+            no gradient are held and not trained.
+        hook: the one that DistributedDataParallel is to have; None for its all-reduce.
+        backend: nccl or gloo, which can send rows of unequal length.
+
+    Raises:
+        ValueError: 8-bit moments whose blocks this many ranks would cut.
+    """
+    groups = _groups(params)
+    every = [param for group in groups for param in group]
+    trained = [param for param in every if param.requires_grad]
+    if state_dtype == torch.uint8:
+        check_blocks(trained, world_size)
+    layouts = [
+        (name in MASTERS, layout(param, name, kept))
+        for param in trained
+        for kept in [precision(param, master_dtype, store_param_remainders, state_dtype)]
+        for name in state_names(amsgrad, kept)
+    ]
+    buckets: list[Bucket] = []
+    for index, group in enumerate(groups):
+        own_trained = [param for param in group if param.requires_grad]
+        buckets += make_buckets(own_trained, index, 0, world_size, bucket_cap_mb * 2**20, lambda _: backend != "gloo")
+    gradients = sum(param.nbytes for param in trained)
+    ranks = []
+    for rank in range(world_size):
+        pieces = [shard(param, world_size, rank) for param in trained]
+        own = sum(piece.nbytes for piece in pieces)
+        if hook is None:
+            reduced = 2 * (world_size - 1) * gradients // world_size
+        elif hook is bf16_reduce_scatter_hook:
+            reduced = sum(2 * (p.numel() - piece.numel()) for p, piece in zip(trained, pieces, strict=True))
+        else:
+            reduced = gradients - own
+        held = [(is_master, shard(whole, world_size, rank).nbytes) for is_master, whole in layouts]
+        ranks.append(
+            RankBytes(
+                parameters=sum(param.nbytes for param in every),
+                gradients=gradients,
+                moments=sum(size for is_master, size in held if not is_master),
+                master=sum(size for is_master, size in held if is_master),
+                steps=4 * len(trained),
+                staging=staging_bytes(buckets),
+                sent=reduced + (world_size - 1) * own,
+            )
+        )
+    return ranks
+
+
+def whole_tensors(
+    params: ParamsT,
+    world_size: int,
+    *,
+    amsgrad: bool = False,
+    master_dtype: torch.dtype | None = None,
+    store_param_remainders: bool = False,
+    state_dtype: torch.dtype | None = None,
+) -> list[int]:
+    """Bytes of state of each rank if every parameter belongs to one, as torch's ZeroRedundancyOptimizer has it.
+
+    It gives the largest parameters away first, each to the rank with the fewest elements so far, group by group.
+    """
+    numels, held = [0] * world_size, [0] * world_size
+    for group in _groups(params):
+        for param in sorted(group, key=Tensor.numel, reverse=True):
+            rank = numels.index(min(numels))
+            numels[rank] += param.numel()
+            kept = precision(param, master_dtype, store_param_remainders, state_dtype)
+            held[rank] += 4 + sum(layout(param, name, kept).nbytes for name in state_names(amsgrad, kept))
+    return held
+
+
+def _groups(params: ParamsT) -> list[list[Tensor]]:
+    groups: list[list[Tensor]] = []
+    single: list[Tensor] = []
+    for item in params:
+        if isinstance(item, dict):
+            groups.append(list(item["params"]))
+        else:
+            single.append(item[1] if isinstance(item, tuple) else item)
+    return groups + ([single] if single else [])
