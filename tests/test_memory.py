@@ -1,0 +1,186 @@
+"""plan: to the byte what a run allocates, and the bytes that it sends."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from train import GPT
+
+from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, plan, reduce_scatter_hook
+from zeroadam.memory import RankBytes, whole_tensors
+from zeroadam.precision import bitsandbytes
+
+COMMAND = Path(sys.executable).with_name("zeroadam")
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "amsgrad": {"amsgrad": True},
+    "master": {"master_dtype": torch.float32},
+    "remainder": {"master_dtype": torch.float32, "store_param_remainders": True},
+    "bfloat16 state": {"state_dtype": torch.bfloat16},
+    "8-bit state": {"state_dtype": torch.uint8},
+    "all at once": {"master_dtype": torch.float32, "store_param_remainders": True, "state_dtype": torch.bfloat16},
+    "small buckets": {"bucket_cap_mb": 0.1},
+}
+
+
+def gpt(dtype: torch.dtype) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(width=192, layers=2, heads=3, context=32).to(dtype)
+    model.position.requires_grad_(False)
+    return model
+
+
+def live_bytes() -> int:
+    """Of all tensors that there are on the CPU; without integers, of which meshes are made."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):  # isinstance() would wake lazy objects
+            local = thing.to_local() if isinstance(thing, DTensor) else thing
+            if local.device.type == "cpu" and local.dtype not in (torch.int32, torch.int64):
+                storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def counted(dtype: torch.dtype, options: dict[str, Any], *, hook: bool) -> tuple[RankBytes, RankBytes]:
+    """(planned, counted); of the latter, staging is what is nothing else, and nothing is said of what is sent."""
+    os.environ["ZEROADAM_SHARED_MEMORY"] = "0"
+    bitsandbytes()  # has tensors of its own
+    before = live_bytes()
+    model = gpt(dtype)
+    parameters = live_bytes() - before
+    optimizer = ZeroAdamW(model.parameters(), **options)
+    held = live_bytes() - before - parameters
+    state = {
+        name: sum(
+            (value.to_local() if isinstance(value, DTensor) else value).nbytes
+            for entry in optimizer.state.values()
+            for key, value in entry.items()
+            if (key == "step", key in ("master", "remainder")) == name
+        )
+        for name in ((True, False), (False, True), (False, False))
+    }
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if hook:
+        wrapped.register_comm_hook(optimizer, reduce_scatter_hook)
+    for _ in range(2):
+        wrapped(torch.zeros(1, 32, dtype=torch.long)).sum().backward()
+        optimizer.step()
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        optimizer.zero_grad()
+    planned = plan(model.parameters(), dist.get_world_size(), backend="gloo", **options)[dist.get_rank()]
+    found = RankBytes(
+        parameters=parameters,
+        gradients=gradients,
+        moments=state[False, False],
+        master=state[False, True],
+        steps=state[True, False],
+        staging=held - sum(state.values()),
+        sent=planned.sent,
+    )
+    return planned, found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_planned_bytes_are_allocated_bytes(run_ranks: Any, world_size: int, dtype: torch.dtype) -> None:
+    """In every precision there is, of every rank."""
+    for rows in zip(*run_ranks(count_all, world_size, dtype), strict=True):
+        for planned, found in rows:
+            assert planned == found
+
+
+def count_all(dtype: torch.dtype) -> list[tuple[RankBytes, RankBytes]]:
+    return [counted(dtype, options, hook=index % 2 == 0) for index, options in enumerate(PRECISIONS.values())]
+
+
+def torchs_cut() -> tuple[list[int], list[int]]:
+    params = list(gpt(torch.float32).requires_grad_().parameters())
+    groups = [{"params": params[::2]}, {"params": params[1::2]}]
+    optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    held = sum(value.nbytes for entry in optimizer.optim.state.values() for value in entry.values())
+    everyone = [0] * dist.get_world_size()
+    dist.all_gather_object(everyone, held)
+    return whole_tensors([{"params": params[::2]}, {"params": params[1::2]}], dist.get_world_size()), everyone
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_cut_of_zero_redundancy_optimizer(run_ranks: Any, world_size: int) -> None:
+    for planned, held in run_ranks(torchs_cut, world_size):
+        assert planned == held
+
+
+def test_bytes_sent() -> None:
+    """Per parameter of 4 bytes: by the formulas of the README, and fewer in bfloat16."""
+    params = [nn.Parameter(torch.empty(64, 64, device="meta")) for _ in range(3)]
+    size = sum(param.nbytes for param in params)
+    for hook, factor in ((None, 3.0), (reduce_scatter_hook, 2.0), (bf16_reduce_scatter_hook, 1.5)):
+        for world_size in (1, 2, 4, 8):
+            for rank in plan(params, world_size, hook=hook):
+                assert rank.sent == factor * size * (world_size - 1) / world_size
+
+
+def zeroadam_plan(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([COMMAND, "plan", *arguments], capture_output=True, text=True, timeout=60, cwd=cwd)
+
+
+def test_command(tmp_path: Path) -> None:
+    """A number, a factory, a state dict and a safetensors file of the same model say the same."""
+    (tmp_path / "models.py").write_text("import torch\n\ndef small():\n    return torch.nn.Linear(512, 1024)\n")
+    model = nn.Linear(512, 1024)
+    torch.save({"model": model.state_dict(), "step": 3}, tmp_path / "model.pt")
+    header = {"__metadata__": {}, "weight": {"dtype": "F32", "shape": [1024, 512], "data_offsets": [0, 2097152]}}
+    header["bias"] = {"dtype": "F32", "shape": [1024], "data_offsets": [2097152, 2101248]}
+    encoded = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(2101248))
+    expected = plan(model.parameters(), 2, master_dtype=torch.float32)
+    for given in (
+        ["--model", "models:small"],
+        ["--state-dict", "model.pt"],
+        ["--state-dict", "model.safetensors"],
+    ):
+        options = ["--world-size", "2,4", "--json", "--plot", "plan.png", "--hbm", "8MB", "--master-weights", "float32"]
+        done = zeroadam_plan(*given, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["parameters"] == 512 * 1024 + 1024
+        assert [RankBytes(**rank) for rank in found["world_sizes"]["2"]["ranks"]] == expected
+        assert found["world_sizes"]["4"]["adamw"] == 4 * found["parameters"] * 4 + 2 * 4
+        assert (tmp_path / "plan.png").stat().st_size > 10_000
+    done = zeroadam_plan("--params", "7e9", "--dtype", "bf16", "--hbm", "80GB", "--world-size", "1,8")
+    assert done.returncode == 0, done.stderr
+    assert "56.000 ✓" in done.stdout.splitlines()[-3].replace(" ", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--params", "many"], "'many' is no size"),
+        (["--params", "1.5"], "1.5 is not a number of parameters"),
+        (["--params", "7e9", "--world-size", "0"], "'0' is no list of numbers of ranks"),
+        (["--model", "models"], "give it as package.module:factory"),
+        (["--model", "no_such_module:small"], "No module named 'no_such_module'"),
+        (["--model", "os:getcwd"], "made a str, not a torch.nn.Module"),
+        (["--state-dict", "no.pt"], "No such file"),
+        ([], "one of the arguments --params --model --state-dict is required"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str) -> None:
+    done = zeroadam_plan(*arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
