@@ -21,6 +21,7 @@ import sys
 import sysconfig
 import time
 from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
@@ -35,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
-from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
+from zeroadam import StepReport, ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
 
 HOOKS = {"reduce_scatter": reduce_scatter_hook, "bf16_reduce_scatter": bf16_reduce_scatter_hook}
 STATE_DTYPES = {"none": None, "bfloat16": torch.bfloat16, "8bit": torch.uint8}
@@ -345,6 +346,9 @@ def train(args: argparse.Namespace) -> None:
             writer.add_scalar("seconds per step", seconds[-1], step)
             if done.held_out[-1][0] == step:
                 writer.add_scalar("loss/held out", done.held_out[-1][1], step)
+            if isinstance(optimizer, ZeroAdamW):
+                for name, value in asdict(optimizer.report()).items():
+                    writer.add_scalar(f"step of rank 0/{name}", value, step)
 
     if checkpoints is not None:
         checkpoints.close()
@@ -352,9 +356,11 @@ def train(args: argparse.Namespace) -> None:
         optimizer.finish_gather()
     per_rank: list[tuple[int, int]] = [(0, 0)] * world_size
     dist.all_gather_object(per_rank, (state_bytes(optimizer), peak_bytes(device)))
+    costs: list[StepReport | None] = [None] * world_size
+    dist.all_gather_object(costs, optimizer.report() if isinstance(optimizer, ZeroAdamW) else None)
     if progress is not None:
         progress.close()
-        report(args, done, seconds, per_rank)
+        report(args, done, seconds, per_rank, costs)
         prompt = b"def "
         print(f"\n{gpt.sample(prompt, args.sample, torch.Generator().manual_seed(args.seed))}")
         if writer is not None:
@@ -378,7 +384,13 @@ def train(args: argparse.Namespace) -> None:
         sys.exit(1)  # the last one, which has been reported
 
 
-def report(args: argparse.Namespace, done: Progress, seconds: list[float], per_rank: list[tuple[int, int]]) -> None:
+def report(
+    args: argparse.Namespace,
+    done: Progress,
+    seconds: list[float],
+    per_rank: list[tuple[int, int]],
+    costs: list[StepReport | None],
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -393,6 +405,15 @@ def report(args: argparse.Namespace, done: Progress, seconds: list[float], per_r
         "\n".join(f"{state:,}" for state, _ in per_rank),
         "\n".join(f"{peak / 2**20:.0f} MiB" for _, peak in per_rank),
     )
+    Console().print(table)
+    if not seconds or costs[0] is None:
+        return
+    table = Table(title="of the last step", caption=f"the fullest rank updates {costs[0].imbalance:.3f} of the mean")
+    for column in ("rank", "update, ms", "communication, ms", "sent, MB", "received, MB"):
+        table.add_column(column, justify="right")
+    for rank, cost in enumerate(cost for cost in costs if cost is not None):
+        times = [f"{1000 * cost.update:.1f}", f"{1000 * cost.communication:.1f}"]
+        table.add_row(str(rank), *times, f"{cost.sent / 1e6:.2f}", f"{cost.received / 1e6:.2f}")
     Console().print(table)
 
 

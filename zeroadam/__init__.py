@@ -4,5 +4,14 @@ from zeroadam.comm_hook import bf16_reduce_scatter_hook, reduce_scatter_hook
 from zeroadam.grad_scaler import GradScaler
 from zeroadam.memory import plan
 from zeroadam.optimizer import ZeroAdam, ZeroAdamW
+from zeroadam.report import StepReport
 
-__all__ = ["GradScaler", "ZeroAdam", "ZeroAdamW", "bf16_reduce_scatter_hook", "plan", "reduce_scatter_hook"]
+__all__ = [
+    "GradScaler",
+    "StepReport",
+    "ZeroAdam",
+    "ZeroAdamW",
+    "bf16_reduce_scatter_hook",
+    "plan",
+    "reduce_scatter_hook",
+]

@@ -43,14 +43,18 @@ class Bucket:
         self.group_index, self.rank, self.world_size = group_index, rank, world_size
         self.dtype = wire_dtype or params[0].dtype
         self.equal_rows = equal_rows
-        direct = {p for p in params if p.dtype == self.dtype and is_direct(p, world_size, equal_rows)}
-        self.direct = [p for p in params if p in direct]
-        self.packed = [p for p in params if p not in direct]
+        alone = {p for p in params if p.dtype == self.dtype and is_direct(p, world_size, equal_rows)}
+        self.direct = [p for p in params if p in alone]
+        self.packed = [p for p in params if p not in alone]
         self.params = [*self.direct, *self.packed]
         self.layouts = [_layout(p) for p in self.params]
         self._view_pieces()
         self.row_numels = [sum(piece.numel() for piece in pieces) for pieces in self.packed_pieces]
         self.staging_bytes = world_size * max(self.row_numels) * self.dtype.itemsize
+        direct = [sum(rows[rank].numel() for rows in self.direct_rows) for rank in range(world_size)]
+        self.numels = [sum(both) for both in zip(direct, self.row_numels, strict=True)]  # of each rank
+        sent = [max(self.row_numels)] * world_size if equal_rows else self.row_numels
+        self.row_bytes = [self.dtype.itemsize * sum(both) for both in zip(direct, sent, strict=True)]
 
     def _view_pieces(self) -> None:
         """Views of what belongs to whom, as long as the parameters stay where they are: [W][params] of [c, ...]."""
@@ -60,6 +64,15 @@ class Bucket:
         self.direct_pieces = [self._piece(p, self.rank) for p in self.direct]
         self._rows: Rows | None = None
         self.direct_rows = [[flat(self._piece(p, r)) for r in ranks] for p in self.direct]
+
+    def bytes_of_gather(self) -> tuple[int, int]:
+        """(sent, received) by this rank when it sends its rows to all others."""
+        own, all_rows = self.row_bytes[self.rank], sum(self.row_bytes)
+        return (self.world_size - 1) * own, all_rows - own
+
+    def bytes_of_reduce(self) -> tuple[int, int]:
+        """(sent, received) by this rank when it sends each of the others its row."""
+        return self.bytes_of_gather()[::-1]
 
     def use_staging(self, memory: Tensor) -> None:
         """Lay the rows out in `memory`, uint8 [staging_bytes] or more, which is needed from `pack` to `unpack`."""

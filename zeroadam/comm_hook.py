@@ -17,8 +17,9 @@ from torch import Tensor
 
 from zeroadam.bucket import Bucket, is_dense, split_by_size
 from zeroadam.collectives import is_gloo, reduce_scatter
-from zeroadam.guard import HELD, REDUCED, Reduced
+from zeroadam.guard import REDUCED, Reduced, holder_of
 from zeroadam.join import in_join
+from zeroadam.report import Meter
 from zeroadam.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
@@ -29,33 +30,43 @@ IN_FLIGHT = 3
 PART_BYTES = 25 * 2**20
 
 
-def reduce_scatter_hook(optimizer: "ZeroAdam", bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def reduce_scatter_hook(optimizer: "ZeroAdam | None", bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Sum gradients onto the rank that owns them: `model.register_comm_hook(optimizer, reduce_scatter_hook)`.
 
     The model is a DistributedDataParallel with `gradient_as_bucket_view=True` on the optimizer's process group; all its
-    trained parameters are held by this optimizer or others of that group. Register it before the first backward.
+    trained parameters are held by this optimizer or others of that group. Register it before the first backward. None
+    for the optimizer means the one that holds the bucket, where it does not exist yet when the hook is registered.
     Each rank sends (W-1)/W of the gradients' bytes per backward. p.grad: [d0, ...] -> [d0, ...], of which [c, ...]
     are the sum over the ranks, on gloo taken in rank order and float32, and the rest zero. 0-d: the mean.
 
     Raises, from `backward()`:
         RuntimeError: `gradient_as_bucket_view=False`, a parameter of no such optimizer, or `model.join()` without it.
     """
-    return optimizer.reduction.reduce(bucket, in_join(optimizer))
+    return _reduce(optimizer, bucket, None)
 
 
-def bf16_reduce_scatter_hook(optimizer: "ZeroAdam", bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def bf16_reduce_scatter_hook(
+    optimizer: "ZeroAdam | None", bucket: dist.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
     """`reduce_scatter_hook` that sends each rank's gradients rounded to bfloat16, half the bytes of float32.
 
     The sum of the rounded gradients is taken in float32 (on gloo) and stored in the dtype of the gradient.
     """
-    return optimizer.reduction.reduce(bucket, in_join(optimizer), torch.bfloat16)
+    return _reduce(optimizer, bucket, torch.bfloat16)
+
+
+def _reduce(
+    optimizer: "ZeroAdam | None", bucket: dist.GradBucket, wire_dtype: torch.dtype | None
+) -> torch.futures.Future[torch.Tensor]:
+    optimizer = optimizer or holder_of(bucket.parameters()[0])
+    return optimizer.reduction.reduce(bucket, in_join(optimizer), wire_dtype)
 
 
 class Reduction:
     """What is being reduced, a few MB at a time, while backward goes on."""
 
-    def __init__(self, process_group: dist.ProcessGroup, shared: SharedMemory | None) -> None:
-        self.process_group, self.shared = process_group, shared
+    def __init__(self, process_group: dist.ProcessGroup, shared: SharedMemory | None, meter: Meter) -> None:
+        self.process_group, self.shared, self.meter = process_group, shared, meter
         self.rank, self.world_size = process_group.rank(), process_group.size()
         self.under_way: deque[_Part] = deque()
         self.finished: list[_Part] = []
@@ -92,7 +103,9 @@ class Reduction:
         for part in parts:
             while any(part.slot == other.slot for other in self.under_way):
                 self._finish_first()
-            part.start(self._memory(part))
+            with self.meter.phase("reduce_scatter"):
+                part.start(self._memory(part))
+            self.meter.count(*part.pieces.bytes_of_reduce())
             self.under_way.append(part)
         if backward == -1:
             self.finish()
@@ -111,7 +124,8 @@ class Reduction:
         self.finished.clear()
 
     def _finish_first(self) -> None:
-        self.under_way[0].finish()
+        with self.meter.phase("reduce_scatter"):
+            self.under_way[0].finish()
         self.finished.append(self.under_way.popleft())
 
     @property
@@ -129,12 +143,7 @@ class Reduction:
         old = {REDUCED[param].storage for param in bucket.parameters() if param in REDUCED}
         self.known = {address: parts for address, parts in self.known.items() if address not in old}
         for param in bucket.parameters():
-            holder = HELD[param]() if param in HELD else None
-            if holder is None or holder.process_group != self.process_group:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(param.shape)} is reduced by reduce_scatter_hook, but no ZeroAdam of "
-                    "the same process group holds it: give all the model's trained parameters to such optimizers"
-                )
+            holder = holder_of(param, self.process_group)
             # torch.amp.GradScaler then leaves unscaling and infinities to step(), which refuses: see there.
             holder._step_supports_amp_scaling = True
         parts, address = self._parts(bucket, wire_dtype), bucket.buffer().data_ptr()

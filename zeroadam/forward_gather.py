@@ -12,19 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zeroadam.report import Meter
+
 
 class Gather:
     """Parameters [d0, ...] of which the other ranks' pieces are on their way; `finish` may be called again."""
 
-    def __init__(self, params: Sequence[Tensor], wait: Callable[[], None], unpack: Callable[[], None] | None) -> None:
-        self.params, self.wait, self.unpack, self.done = params, wait, unpack, False
+    def __init__(
+        self, params: Sequence[Tensor], wait: Callable[[], None], unpack: Callable[[], None] | None, meter: Meter
+    ) -> None:
+        self.params, self.wait, self.unpack, self.meter, self.done = params, wait, unpack, meter, False
 
     def finish(self) -> None:
         if not self.done:
             self.done = True
-            self.wait()
-            if self.unpack is not None:
-                self.unpack()
+            with self.meter.phase("all_gather"):
+                self.wait()
+                if self.unpack is not None:
+                    self.unpack()
 
 
 class ForwardGather:

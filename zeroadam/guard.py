@@ -69,3 +69,18 @@ def mark_held(params: Iterable[Tensor], optimizer: "ZeroAdam") -> None:
     """Remember which optimizer holds the parameters, without keeping it alive."""
     for param in params:
         HELD[param] = weakref.ref(optimizer)
+
+
+def holder_of(param: Tensor, process_group: dist.ProcessGroup | None = None) -> "ZeroAdam":
+    """The optimizer that holds a parameter which reduce_scatter_hook is to reduce, over this group if there is one.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    holder: ZeroAdam | None = HELD[param]() if param in HELD else None
+    if holder is None or process_group not in (None, holder.process_group):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(param.shape)} is reduced by reduce_scatter_hook, but no ZeroAdam of the same "
+            "process group holds it: give all the model's trained parameters to such optimizers"
+        )
+    return holder

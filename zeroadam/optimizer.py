@@ -1,7 +1,7 @@
 """Adam and AdamW with their state cut across the ranks. Read `step` first."""
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast, overload
 
 import torch
@@ -21,6 +21,7 @@ from zeroadam.forward_gather import ForwardGather, Gather
 from zeroadam.guard import mark_held, summed_over
 from zeroadam.join import StepAlong, refuse_in_join
 from zeroadam.precision import Precision, bitsandbytes, check_blocks, compute_dtype, precision
+from zeroadam.report import Meter, StepReport
 from zeroadam.shard import shard
 from zeroadam.shared_memory import open_shared_memory
 from zeroadam.state import choose_kernel, new_state
@@ -123,7 +124,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         on_cpu = any(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
         use_shared = on_cpu and self.world_size > 1 and is_gloo(self.process_group, "cpu")
         self.shared = open_shared_memory(self.process_group) if use_shared else None
-        self.reduction = Reduction(self.process_group, self.shared)  # what reduce_scatter_hook works with
+        self._meter = Meter()
+        self.reduction = Reduction(self.process_group, self.shared, self._meter)  # what reduce_scatter_hook works with
         Joinable.__init__(self)
         # Not even for the fused kernel: GradScaler is to unscale gradients itself and step only if they are finite.
         self._step_supports_amp_scaling = False
@@ -172,24 +174,44 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         for bucket in self._buckets:
             if bucket.packed and len(unpacked) == IN_FLIGHT:
                 unpacked.popleft().finish()
-            self._update(bucket, bucket.pack(), divisors)
-            for gather in self._gather(bucket):
+            with self._meter.phase("update"):
+                self._update(bucket, bucket.pack(), divisors)
+            with self._meter.phase("all_gather"):
+                gathers = self._gather(bucket)
+            for gather in gathers:
                 self._gathers.update(dict.fromkeys(gather.params, gather))
                 if gather.unpack is not None:
                     unpacked.append(gather)
         for param in [param for param in self._gathers if param not in self._gathered_in_forward]:
             self._gathers.pop(param).finish()
+        self._meter.end_step(self._imbalance())
         return loss
 
-    def _gather(self, bucket: Bucket) -> Iterator[Gather]:
+    def _gather(self, bucket: Bucket) -> list[Gather]:
         """Start to gather what has been updated."""
+        self._meter.count(*bucket.bytes_of_gather())
         unpack = bucket.unpack if bucket.packed else None
         if self.shared is not None and bucket.params[0].device.type == "cpu":
-            yield Gather(bucket.params, self.shared.all_gather(bucket.rows()), unpack)
-            return
+            return [Gather(bucket.params, self.shared.all_gather(bucket.rows()), unpack, self._meter)]
+        gathers = []
         for index, rows in enumerate(bucket.rows()):
-            params = bucket.direct[index : index + 1] or bucket.packed
-            yield Gather(params, all_gather([rows], self.process_group), unpack if params is bucket.packed else None)
+            params = bucket.direct[index : index + 1]
+            wait = all_gather([rows], self.process_group)
+            gathers.append(Gather(params or bucket.packed, wait, None if params else unpack, self._meter))
+        return gathers
+
+    def _imbalance(self) -> float:
+        held = [sum(numels) for numels in zip(*(bucket.numels for bucket in self._buckets), strict=True)]
+        return self.world_size * max(held) / max(sum(held), 1) if held else 1.0
+
+    def report(self) -> StepReport:
+        """What the last step cost on this rank: bytes sent and received, seconds, imbalance. No communication.
+
+        Of the reductions only those by `reduce_scatter_hook` are seen, not DistributedDataParallel's own. Seconds are
+        those of this process; on CUDA most of the work happens later, under the names zeroadam.update, .all_gather and
+        .reduce_scatter in a trace of torch.profiler. Gathers that go on in the next forward count for the next step.
+        """
+        return self._meter.last
 
     def gather_in_forward(self, model: nn.Module) -> None:
         """Let the all-gather of `step()` go on during the next forward of `model`, for networks that are slow.
