@@ -136,13 +136,16 @@ class Bucket:
             if copies:
                 torch._foreach_copy_(pieces, copies)
 
-    def keep_own(self, sums: Sequence[Tensor]) -> None:
-        """Write this rank's rows, one for each of `rows()`, in place of what the tensors hold, and zero elsewhere."""
+    def keep_own(self, sums: Sequence[Tensor], *, others_are_zero: bool) -> None:
+        """Write this rank's rows, one for each of `rows()`, in place of what the tensors hold, and zero elsewhere.
+
+        others_are_zero: whether the rows of other ranks are already.
+        """
         for rows, total in zip(self.direct_rows, sums, strict=False):
             if total is not rows[self.rank]:
                 rows[self.rank].copy_(total)
         elsewhere = [row for rows in self.direct_rows for rank, row in enumerate(rows) if rank != self.rank]
-        if elsewhere:
+        if elsewhere and not others_are_zero:
             torch._foreach_zero_(elsewhere)
         if self.packed:
             torch._foreach_zero_([tensor.detach() for tensor in self.packed])

@@ -228,7 +228,7 @@ class _Part:
 
     def finish(self) -> None:
         """Wait, and leave the sums in the gradients."""
-        self.pieces.keep_own(self.sums())
+        self.pieces.keep_own(self.sums(), others_are_zero=self.shared is not None)
         for grad in self.grads:
             if grad.dim() == 0:
                 grad /= self.pieces.world_size

@@ -23,8 +23,8 @@ from torch import Tensor
 from zeroadam.bucket import Rows
 from zeroadam.collectives import sum_rows
 
-SLOT_BYTES = 2**19
-IN_FLIGHT = 6
+SLOT_BYTES = 2**20
+IN_FLIGHT = 3
 SLOTS = 2 * IN_FLIGHT
 VARIABLE = "ZEROADAM_SHARED_MEMORY"  # 0 turns it off
 
@@ -46,7 +46,9 @@ class SharedMemory:
         self.rank, self.pipes, self.timeout = rank, pipes, timeout
         # By number of the slot, as all ranks use the same at a time: [SLOTS][W] of uint8 [SLOT_BYTES].
         self.slots = list(zip(*(region.view(SLOTS, -1) for region in regions), strict=True))
-        self.posted = self.read = 0
+        self.queued = self.posted = self.read = 0
+        # (write, read) of messages for which there was no slot yet, and `read` of those under way.
+        self.queue: deque[tuple[Callable[[Tensor], None], Callable[[Sequence[Tensor]], None]]] = deque()
         self.under_way: deque[Callable[[Sequence[Tensor]], None]] = deque()
         self.polls: dict[int, select.poll] = {}
         for other, (source, _) in pipes.items():
@@ -55,20 +57,14 @@ class SharedMemory:
         weakref.finalize(self, _close, [end for ends in pipes.values() for end in ends])
 
     def post(self, write: Callable[[Tensor], None], read: Callable[[Sequence[Tensor]], None]) -> None:
-        """Send a message: `write` fills this rank's slot now, `read` gets those of all ranks when all have written.
+        """Send a message: `write` fills this rank's slot, `read` gets those of all ranks when all have written.
 
-        Raises as `finish`.
+        Does not wait: what finds no slot is sent with later messages, or by `finish`. Raises as that.
         """
-        if len(self.under_way) == IN_FLIGHT:
-            self._read_first()
-        write(self.slots[self.posted % SLOTS][self.rank])
-        for rank, (_, target) in self.pipes.items():
-            try:
-                os.write(target, b"1")  # a system call, so whoever reads it sees the slot as it is now
-            except BrokenPipeError:
-                raise RuntimeError(f"rank {rank} of the process group has ended") from None
-        self.under_way.append(read)
-        self.posted += 1
+        self.queue.append((write, read))
+        self.queued += 1
+        while self.queue and (len(self.under_way) < IN_FLIGHT or self._first_is_there()):
+            self._post_first()
 
     def finish(self, count: int) -> None:
         """Wait until the first `count` messages ever posted have been read.
@@ -77,6 +73,8 @@ class SharedMemory:
             RuntimeError: another rank has ended, or not come in time.
         """
         while self.read < count:
+            while self.queue and len(self.under_way) < IN_FLIGHT:
+                self._post_first()
             self._read_first()
 
     def all_gather(self, exchanges: Sequence[Sequence[Tensor]]) -> Callable[[], None]:
@@ -91,12 +89,12 @@ class SharedMemory:
                     torch._foreach_copy_(message.parts[rank], message.views(slots[rank], rank))
 
             self.post(write, read)
-        return partial(self.finish, self.posted)
+        return partial(self.finish, self.queued)
 
     def reduce_scatter(self, exchanges: Sequence[Sequence[Tensor]]) -> Callable[[], list[Tensor]]:
         """Sum row r of every rank on rank r, in rank order and at least float32. In place, but for lower precisions.
 
-        exchanges: lists of W dense 1-D rows, [n_r] for rank r; unchanged until all ranks have the sums.
+        exchanges: lists of W dense 1-D rows, [n_r] for rank r. Those for other ranks are zero in the end.
         Returns what waits for them and gives them: [n_rank] of each list.
         """
         own = [rows[self.rank] for rows in exchanges]
@@ -112,6 +110,7 @@ class SharedMemory:
             def write(slot: Tensor, message: Message = message) -> None:
                 for rank in self.pipes:
                     message.write(part_of(slot, self.rank, rank), rank)
+                    torch._foreach_zero_(message.parts[rank])  # now, while they are in cache
 
             def read(slots: Sequence[Tensor], message: Message = message) -> None:
                 rows = [
@@ -126,7 +125,7 @@ class SharedMemory:
                         sums[row][start:stop] = part
 
             self.post(write, read)
-        count = self.posted
+        count = self.queued
 
         def finish() -> list[Tensor]:
             self.finish(count)
@@ -142,6 +141,22 @@ class SharedMemory:
             exchanges.messages = _cut(exchanges, capacity)
         messages: list[Message] = exchanges.messages
         return messages
+
+    def _post_first(self) -> None:
+        if len(self.under_way) == IN_FLIGHT:
+            self._read_first()
+        write, read = self.queue.popleft()
+        write(self.slots[self.posted % SLOTS][self.rank])
+        for rank, (_, target) in self.pipes.items():
+            try:
+                os.write(target, b"1")  # a system call, so whoever reads it sees the slot as it is now
+            except BrokenPipeError:
+                raise RuntimeError(f"rank {rank} of the process group has ended") from None
+        self.under_way.append(read)
+        self.posted += 1
+
+    def _first_is_there(self) -> bool:
+        return all(poll.poll(0) for poll in self.polls.values())
 
     def _read_first(self) -> None:
         for rank, (source, _) in self.pipes.items():
