@@ -22,6 +22,7 @@ import sysconfig
 import time
 from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -192,6 +193,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--eval-batches", type=int, default=16, help="shared by the ranks")
     add("--sample", type=int, default=200, help="bytes of text to generate at the end")
     add("--seed", type=int, default=0)
+    add("--timeout", type=float, default=1800, metavar="SECONDS", help="how long a rank waits for another")
     add("--checkpoint-dir", type=Path, metavar="DIR", help="save and resume here; shared by all hosts")
     add("--checkpoint-every", type=int, default=100, help="steps; and at the end")
     add("--checkpoint-keep", type=int, default=2, help="how many of the newest stay")
@@ -265,7 +267,8 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout))
     world_size = dist.get_world_size()
 
     split = len(args.text) * 9 // 10

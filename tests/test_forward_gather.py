@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from zeroadam import ZeroAdamW, optimizer, reduce_scatter_hook
+from zeroadam import ZeroAdamW, optimizer, reduce_scatter_hook, shared_memory
 
 ADAMW = {"lr": 1e-3, "weight_decay": 0.1, "fused": False}
 
@@ -234,3 +234,27 @@ def fail() -> None:
 
 def test_goes_on_after_a_failed_forward(run_ranks: Any) -> None:
     run_ranks(fail, 2)
+
+
+def evaluate_on_one(shared: str) -> None:
+    os.environ["ZEROADAM_SHARED_MEMORY"] = shared
+    shared_memory.SLOT_BYTES = 2**14
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(3)))
+    for param in model.parameters():
+        nn.init.constant_(param, 0.01)
+    optimizer = ZeroAdamW(model.parameters(), **ADAMW)
+    optimizer.gather_in_forward(model)
+    for _ in range(3):
+        model(torch.ones(1, 512)).sum().backward()
+        optimizer.step()
+        if dist.get_rank() == 0:
+            with torch.no_grad():
+                model(torch.ones(1, 512))
+        dist.barrier()
+    optimizer.finish_gather()
+
+
+@pytest.mark.parametrize("shared", ["0", "1"])
+def test_one_rank_may_evaluate_alone(run_ranks: Any, shared: str) -> None:
+    """Its gathers need no help of the others, who wait for it."""
+    run_ranks(evaluate_on_one, 2, shared)

@@ -182,8 +182,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
                 self._gathers.update(dict.fromkeys(gather.params, gather))
                 if gather.unpack is not None:
                     unpacked.append(gather)
-        for param in [param for param in self._gathers if param not in self._gathered_in_forward]:
-            self._gathers.pop(param).finish()
+        for param in list(self._gathers):
+            if param not in self._gathered_in_forward or self._shares_memory(param):
+                self._gathers.pop(param).finish()
         self._meter.end_step(self._imbalance())
         return loss
 
@@ -191,7 +192,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         """Start to gather what has been updated."""
         self._meter.count(*bucket.bytes_of_gather())
         unpack = bucket.unpack if bucket.packed else None
-        if self.shared is not None and bucket.params[0].device.type == "cpu":
+        if self.shared is not None and self._shares_memory(bucket.params[0]):
             return [Gather(bucket.params, self.shared.all_gather(bucket.rows()), unpack, self._meter)]
         gathers = []
         for index, rows in enumerate(bucket.rows()):
@@ -199,6 +200,10 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             wait = all_gather([rows], self.process_group)
             gathers.append(Gather(params or bucket.packed, wait, None if params else unpack, self._meter))
         return gathers
+
+    def _shares_memory(self, param: Tensor) -> bool:
+        """Whether it travels through shared memory, for which all ranks have to be at work."""
+        return self.shared is not None and param.device.type == "cpu"
 
     def _imbalance(self) -> float:
         held = [sum(numels) for numels in zip(*(bucket.numels for bucket in self._buckets), strict=True)]
@@ -219,7 +224,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         Each module then waits before its forward for the parameters that it reads, and so do `model.state_dict()`,
         `model.load_state_dict()` and whatever of this optimizer needs them. Before anything else that reads or writes
         a parameter after `step()`, such as an average of the weights or `model.to()`, call `finish_gather()`; also
-        before `destroy_process_group()`. Parameters of other models are gathered in `step()` as ever.
+        before `destroy_process_group()`. Parameters of other models, and those that go through shared memory, are
+        gathered in `step()` as ever.
 
         Raises:
             ValueError: the model has no parameter of this optimizer.

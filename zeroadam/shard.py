@@ -6,7 +6,7 @@ one run of memory, unless this would leave some rank with clearly more than its 
 depends on the shape and on W alone, so nothing moves when anything else about the training changes.
 """
 
-from collections.abc import Sequence
+import functools
 
 from torch import Tensor
 
@@ -15,7 +15,8 @@ from torch import Tensor
 IMBALANCE_LIMIT = 1.02
 
 
-def shard_dim(shape: Sequence[int], world_size: int) -> int | None:
+@functools.cache
+def shard_dim(shape: tuple[int, ...], world_size: int) -> int | None:
     """The dimension along which a tensor of `shape` [d0, ...] is cut; None for a 0-d tensor, which every rank holds."""
     if len(shape) == 0:
         return None

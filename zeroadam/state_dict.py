@@ -33,7 +33,9 @@ class ShardedState(dict[Any, Any]):
         raise RuntimeError(
             "this is a part of the optimizer's state, the other ranks hold the rest: save with "
             "torch.distributed.checkpoint.save() on all ranks; or, for one plain file, call "
-            "optimizer.consolidate_state_dict(to=0) on all ranks first, and torch.save() on rank 0"
+            "optimizer.consolidate_state_dict(to=0) on all ranks first, and torch.save() on rank 0. With Accelerate: "
+            "accelerator.register_save_state_pre_hook(lambda *_: optimizer.optimizer.consolidate_state_dict()); with "
+            "transformers' Trainer: callbacks=[zeroadam.huggingface.ConsolidateOnSave()]"
         )
 
     def __copy__(self) -> "ShardedState":

@@ -1,0 +1,85 @@
+"""The scripts of docs/frameworks.md, trained, killed and resumed, end where an undisturbed run ends, to the bit."""
+
+import re
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import torch
+from test_launch import ROOT, torchrun
+
+SCRIPTS = dict(
+    zip(
+        ("accelerate", "trainer", "lightning"),
+        re.findall(r"```python\n(.*?)```", (ROOT / "docs/frameworks.md").read_text(), re.DOTALL),
+        strict=True,
+    )
+)
+# Runs a script whose rank 1 is killed after so many steps, or which leaves its parameters behind.
+RUN = """
+import os, runpy, signal, sys, torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_, script, steps, killed_after = sys.argv
+rank, count, params = int(os.environ["RANK"]), 0, []
+
+def after_step(optimizer, *_):
+    global count
+    count += 1
+    params[:] = [p for group in optimizer.param_groups for p in group["params"]]
+    if rank == 1 and count == int(killed_after):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+register_optimizer_step_post_hook(after_step)
+sys.argv = [script, steps]
+runpy.run_path(script, run_name="__main__")
+torch.save([p.detach() for p in params], f"params{rank}.pt")
+"""
+
+
+def run(folder: Path, script: str, steps: int, killed_after: int = 0) -> CompletedProcess[str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "run.py").write_text(RUN)
+    (folder / "script.py").write_text(script)
+    return torchrun(2, "run.py", "script.py", str(steps), str(killed_after), cwd=folder)
+
+
+def params(folder: Path) -> list[torch.Tensor]:
+    both = [torch.load(folder / f"params{rank}.pt") for rank in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+    return both[0]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("framework", SCRIPTS)
+def test_killed_and_resumed_it_ends_where_an_undisturbed_run_ends(framework: str, tmp_path: Path) -> None:
+    """Saved after steps 2, 4 and 6 and killed after 7 of 8."""
+    pytest.importorskip({"trainer": "transformers"}.get(framework, framework))
+    done = run(tmp_path / "undisturbed", SCRIPTS[framework], 8)
+    assert done.returncode == 0, done.stderr
+    done = run(tmp_path / "killed", SCRIPTS[framework], 8, killed_after=7)
+    assert done.returncode != 0
+    assert not (tmp_path / "killed/params0.pt").exists()
+    done = run(tmp_path / "killed", SCRIPTS[framework], 8, killed_after=5)  # which a resumed run does not reach
+    assert done.returncode == 0, done.stderr
+    expected, found = params(tmp_path / "undisturbed"), params(tmp_path / "killed")
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+MISTAKES = {
+    "accelerate": ("accelerator.register_save_state_pre_hook(", "(lambda _: None)(", "register_save_state_pre_hook"),
+    "trainer": ("callbacks=[ConsolidateOnSave()]", "callbacks=[]", "zeroadam.huggingface.ConsolidateOnSave"),
+    "lightning": ("configure_gradient_clipping", "unused", r"optimizer\.clip_grad_norm_"),
+}
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("framework", MISTAKES)
+def test_what_has_been_forgotten_is_named(framework: str, tmp_path: Path) -> None:
+    pytest.importorskip({"trainer": "transformers"}.get(framework, framework))
+    line, other, cure = MISTAKES[framework]
+    script = SCRIPTS[framework].replace("logger=False", "gradient_clip_val=0.1, logger=False")
+    assert line in script
+    done = run(tmp_path, script.replace(line, other), 4)
+    assert done.returncode != 0
+    assert re.search(cure, done.stderr), done.stderr
