@@ -116,7 +116,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(hosts: Hosts,
     os.kill(int(worker), signal.SIGKILL)
     for index, node in enumerate(nodes):
         assert node.wait(timeout=150) == 0, (tmp_path / f"log{index}").read_text()
-    assert "Signal 9 (SIGKILL)" in (tmp_path / "log1").read_text()
+    assert "resumed after step" in (tmp_path / "log0").read_text()
     done = torchrun(2, f"{ROOT}/launch/train.py", *arguments, "--json", f"{tmp_path}/one.json")
     assert done.returncode == 0, done.stderr
     found, expected = (json.loads((tmp_path / name).read_text()) for name in ("hosts.json", "one.json"))
@@ -156,13 +156,19 @@ def test_a_host_that_is_cut_off_or_dies_comes_back(hosts: Hosts, fault: str, tmp
     for index, node in enumerate(nodes):
         assert node.wait(timeout=150) == 0, (tmp_path / f"log{index}").read_text()
     assert newest_step(checkpoints) == 900
-    steady = torchrun(2, f"{ROOT}/launch/train.py", *arguments, "--checkpoint-dir", f"{tmp_path}/steady")
-    assert steady.returncode == 0, steady.stderr
+    found = [loss_after(checkpoints, size)]
+    for world_size in (2, 1):
+        folder = tmp_path / f"undisturbed{world_size}"
+        done = torchrun(world_size, f"{ROOT}/launch/train.py", *arguments, "--checkpoint-dir", str(folder))
+        assert done.returncode == 0, done.stderr
+        found.append(loss_after(folder, size))
+    assert 0.95 * found[1] < found[0] < 1.05 * found[2], found  # with batches of two ranks, and of one
+
+
+def loss_after(folder: Path, size: dict[str, int]) -> float:
+    """Of the newest checkpoint, on windows of the text it was trained on."""
     windows = batch(read_text(ROOT / "zeroadam"), range(200), size["context"], seed=1, device=torch.device("cpu"))
-    found = []
-    for folder in (checkpoints, tmp_path / "steady"):
-        gpt = GPT(**size)
-        gpt.load_state_dict(final(folder)["model"])
-        with torch.no_grad():
-            found.append(loss_of(gpt, windows).item())
-    assert found[0] == pytest.approx(found[1], rel=0.05)
+    gpt = GPT(**size)
+    gpt.load_state_dict(final(folder)["model"])
+    with torch.no_grad():
+        return loss_of(gpt, windows).item()

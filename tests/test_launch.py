@@ -140,11 +140,12 @@ def test_ctrl_c_ends_it_with_one_message(tmp_path: Path) -> None:
     assert 'launch/train.py", line' not in text, text
 
 
-SCRIPTS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = ("README.md", "docs/checkpoints.md")  # those in docs/frameworks.md have tests of their own
+SCRIPTS = [s for page in PAGES for s in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=range(len(SCRIPTS)))
-def test_the_scripts_in_the_readme_run(script: str, tmp_path: Path) -> None:
+def test_the_scripts_on_the_pages_run(script: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(script)
     done = torchrun(2, "script.py", cwd=tmp_path)
     if "terminate called without an active exception" in done.stderr:  # pytorch#56297, at exit: see launch/train.py
