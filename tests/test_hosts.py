@@ -18,7 +18,7 @@ from train import GPT, batch, loss_of, read_text
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="needs root, and ip to make networks"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(500),
 ]
 HEAD = "10.77.0.10"
 
@@ -159,7 +159,8 @@ def test_a_host_that_is_cut_off_or_dies_comes_back(hosts: Hosts, fault: str, tmp
     found = [loss_after(checkpoints, size)]
     for world_size in (2, 1):
         folder = tmp_path / f"undisturbed{world_size}"
-        done = torchrun(world_size, f"{ROOT}/launch/train.py", *arguments, "--checkpoint-dir", str(folder))
+        command = [f"{ROOT}/launch/train.py", *arguments, "--checkpoint-dir", str(folder)]
+        done = torchrun(world_size, *command, timeout=200)
         assert done.returncode == 0, done.stderr
         found.append(loss_after(folder, size))
     assert 0.95 * found[1] < found[0] < 1.05 * found[2], found  # with batches of two ranks, and of one

@@ -26,7 +26,9 @@ def environment(folder: Path | str) -> dict[str, str]:
     return {**os.environ, "TMPDIR": str(folder)}
 
 
-def torchrun(world_size: int, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    world_size: int, *command: str, cwd: Path | None = None, timeout: float = 80
+) -> subprocess.CompletedProcess[str]:
     arguments = [*TORCHRUN, f"--nproc-per-node={world_size}", *command]
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -35,11 +37,11 @@ def torchrun(world_size: int, *command: str, cwd: Path | None = None) -> subproc
         ) as process,
     ):
         try:
-            out, err = process.communicate(timeout=80)
+            out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun ends its workers, which are sessions of their own
             out, err = process.communicate(timeout=35)
-            pytest.fail(f"no end after 80 s:\n{out}\n{err}")
+            pytest.fail(f"no end after {timeout} s:\n{out}\n{err}")
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
@@ -48,6 +50,10 @@ def train(*options: str, world_size: int = 2) -> tuple[list[float], list[int]]:
     done = torchrun(world_size, f"{ROOT}/launch/train.py", *SMALL, *options)
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
+    if "--optimizer" not in options or "zeroadam" in options:  # a second table: what the last step cost each rank
+        rows, costs = rows[:world_size], rows[world_size:]
+        assert [row[0] for row in costs] == [str(rank) for rank in range(world_size)]
+        assert all(float(cell) >= 0 for row in costs for cell in row)
     assert len(rows) == world_size
     return [float(cell) for cell in rows[0][:3]], [int(row[4].replace(",", "")) for row in rows]
 
