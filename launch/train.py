@@ -433,5 +433,10 @@ if __name__ == "__main__":
         if RANK != 0:  # one message about wrong arguments, not W
             silence.enter_context(redirect_stdout(io.StringIO()))
             silence.enter_context(redirect_stderr(io.StringIO()))
-        arguments = parse_arguments()
+        try:
+            arguments = parse_arguments()
+        except SystemExit as error:
+            if RANK != 0 and error.code:
+                time.sleep(5)  # the first to end ends the others, which should be the one that says why
+            raise
     train(arguments)
