@@ -4,18 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from test_launch import ROOT, torchrun
+from test_launch import ROOT, output_of
 
 DIFFS = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/coming_from.md").read_text(), re.DOTALL)
-
-
-def loss_of(script: str, folder: Path) -> str:
-    (folder / "script.py").write_text(script)
-    done = torchrun(2, "script.py", cwd=folder)
-    if "terminate called without an active exception" in done.stderr:  # pytorch#56297, at exit: see launch/train.py
-        done = torchrun(2, "script.py", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize("diff", DIFFS, ids=["adamw", "zero_redundancy", "fsdp2", "deepspeed"])
@@ -23,10 +14,10 @@ def test_before_and_after(diff: str, tmp_path: Path) -> None:
     """The two versions of a script print the same loss; DeepSpeed's is not run."""
     lines = diff.splitlines(keepends=True)
     before, after = ("".join(line[1:] for line in lines if line[:1] in f" {sign}\n") for sign in "-+")
-    loss = loss_of(after, tmp_path)
+    loss = output_of(after, tmp_path).splitlines()[-1]
     assert 0 < float(loss) < 1
     if "deepspeed" not in before:
-        assert loss_of(before, tmp_path) == loss
+        assert output_of(before, tmp_path).splitlines()[-1] == loss
 
 
 def test_messages_are_those_of_the_code() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from test_faults import final, newest_step
-from test_launch import ROOT, SMALL, environment, torchrun
+from test_launch import ROOT, SMALL, can_make_hosts, environment, torchrun
 from train import GPT, batch, loss_of, read_text
 
 pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="needs root, and ip to make networks"),
+    pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc for network namespaces"),
     pytest.mark.timeout(500),
 ]
 HEAD = "10.77.0.10"

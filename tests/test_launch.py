@@ -150,13 +150,19 @@ PAGES = ("README.md", "docs/checkpoints.md")  # those in docs/frameworks.md have
 SCRIPTS = [s for page in PAGES for s in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)]
 
 
+def output_of(script: str, folder: Path) -> str:
+    """What a script of a page prints on two ranks."""
+    (folder / "script.py").write_text(script)
+    done = torchrun(2, "script.py", cwd=folder)
+    if "terminate called without an active exception" in done.stderr:  # pytorch#56297, at exit: see launch/train.py
+        done = torchrun(2, "script.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=range(len(SCRIPTS)))
 def test_the_scripts_on_the_pages_run(script: str, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(script)
-    done = torchrun(2, "script.py", cwd=tmp_path)
-    if "terminate called without an active exception" in done.stderr:  # pytorch#56297, at exit: see launch/train.py
-        done = torchrun(2, "script.py", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    output_of(script, tmp_path)
 
 
 TINY = ["--width", "64", "--layers", "1", "--context", "16", "--warmup", "1"]
@@ -211,7 +217,7 @@ def can_make_hosts() -> bool:
 @pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc for network namespaces")
 def test_hosts_with_a_slow_network(tmp_path: Path) -> None:
     """Each namespace counts what its one rank sends: what the README says, on a real interface; and nothing is left."""
-    before = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    before = benchmark_namespaces()
     command = [f"{ROOT}/launch/benchmark_hosts.sh", "2", "1gbit", "--width", "256", "--layers", "2", "--context", "16"]
     command += ["--steps", "5", "--warmup", "2", "--json", f"{tmp_path}/numbers.json", "--only", *SHARDED[1:]]
     variables = {**environment(tmp_path), "TORCHRUN": f"{Path(sys.executable).parent}/torchrun"}
@@ -221,8 +227,13 @@ def test_hosts_with_a_slow_network(tmp_path: Path) -> None:
     sent = {name: row["sent, bytes/param"] for name, row in rows.items()}
     wanted = {"ddp + adamw": 4, SHARDED[1]: 6, "zeroadam": 6, "zeroadam + hook": 4, "zeroadam + bf16 hook": 3}
     assert sent == pytest.approx(wanted, rel=0.03)
-    after = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    assert after == before
+    assert benchmark_namespaces() == before
+
+
+def benchmark_namespaces() -> list[str]:
+    """Those that launch/benchmark_hosts.sh makes; other tests make others at the same time."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return sorted(re.findall(r"^za\d+-\w+", listed, re.MULTILINE))
 
 
 def test_the_update_is_measured_beside_a_copy(tmp_path: Path) -> None:
