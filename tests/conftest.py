@@ -13,7 +13,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hosts import Hosts
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hypothesis", "pytest", "torch._dynamo", "torch.distributed.optim", "zeroadam"])
@@ -96,3 +97,17 @@ def _run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeou
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., list[Any]]:
     return _run_ranks
+
+
+@pytest.fixture
+def make_hosts() -> Iterator[Callable[[int], Hosts]]:
+    """Hosts that are removed after the test, with all that runs on them."""
+    made: list[Hosts] = []
+
+    def make(count: int) -> Hosts:
+        made.append(Hosts(f"zah{os.getpid()}", count))
+        return made[-1]
+
+    yield make
+    for hosts in made:
+        hosts.remove()

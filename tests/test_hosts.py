@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hosts import Hosts
 from test_faults import final, newest_step
 from test_launch import ROOT, SMALL, can_make_hosts, environment, torchrun
 from train import GPT, batch, loss_of, read_text
@@ -19,64 +20,14 @@ pytestmark = [
     pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc for network namespaces"),
     pytest.mark.timeout(500),
 ]
-HEAD = "10.77.0.10"
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
-class Hosts:
-    """Named PREFIX-0, PREFIX-1, ..., with the addresses 10.77.0.10, .11, ..."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.prefix, self.names = folder, f"zah{os.getpid()}", list[str]()
-        self.nodes: list[subprocess.Popen[str]] = []
-
-    def make(self, count: int) -> None:
-        switch = f"{self.prefix}-switch"
-        ip("netns", "add", switch)
-        ip("-n", switch, "link", "add", "bridge0", "type", "bridge")
-        ip("-n", switch, "link", "set", "bridge0", "up")
-        for i in range(count):
-            name = f"{self.prefix}-{i}"
-            self.names.append(name)
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", f"port{i}", "netns", switch)
-            ip("-n", switch, "link", "set", f"port{i}", "master", "bridge0", "up")
-            ip("-n", name, "addr", "add", f"10.77.0.{10 + i}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "up")
-
-    def start(self, index: int, nodes: str, *arguments: str) -> subprocess.Popen[str]:
-        """A node on a host, in a process group of its own."""
-        command = ["ip", "netns", "exec", self.names[index], sys.executable, f"{ROOT}/launch/node.py"]
-        command += ["--head", HEAD, "--nodes", nodes, f"{ROOT}/launch/train.py", *arguments]
-        # The namespaces have memory in common, which hosts have not.
-        variables = {**environment(self.folder), "ZEROADAM_SHARED_MEMORY": "0"}
-        log = (self.folder / f"log{index}").open("a")
-        node = subprocess.Popen(command, stdout=log, stderr=log, text=True, env=variables, start_new_session=True)
-        self.nodes.append(node)
-        return node
-
-    def remove(self) -> None:
-        for node in self.nodes:
-            if node.poll() is None:
-                os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
-        for name in self.names:
-            kill_all_in(name)  # workers are in groups of their own
-            ip("netns", "del", name)
-        subprocess.run(["ip", "netns", "del", f"{self.prefix}-switch"], check=False)
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    made = Hosts(tmp_path)
-    try:
-        yield made
-    finally:
-        made.remove()
+def start(hosts: Hosts, index: int, nodes: str, log: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A node on a host; appends to the log."""
+    command = [sys.executable, f"{ROOT}/launch/node.py", "--head", hosts.addresses[0], "--nodes", nodes]
+    with log.open("a") as file:
+        command += [f"{ROOT}/launch/train.py", *arguments]
+        return hosts.start(index, command, stdout=file, stderr=file, env=environment(log.parent))
 
 
 def until(what: Callable[[], bool], seconds: float) -> None:
@@ -87,11 +38,14 @@ def until(what: Callable[[], bool], seconds: float) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_several_hosts_train_as_one_does(hosts: Hosts, count: int, tmp_path: Path) -> None:
+def test_several_hosts_train_as_one_does(make_hosts: Callable[[int], Hosts], count: int, tmp_path: Path) -> None:
     """The same losses, to the bit, as of so many ranks on one host."""
-    hosts.make(count)
+    hosts = make_hosts(count)
     arguments = [*SMALL, "--steps", "20", "--hook", "reduce_scatter", "--gather-in-forward", "--json"]
-    nodes = [hosts.start(i, str(count), *arguments, f"{tmp_path}/hosts.json") for i in reversed(range(count))]
+    nodes = [
+        start(hosts, i, str(count), tmp_path / f"log{i}", *arguments, f"{tmp_path}/hosts.json")
+        for i in reversed(range(count))
+    ]
     for node in nodes:
         assert node.wait(timeout=120) == 0, (tmp_path / "log0").read_text()
     done = torchrun(count, f"{ROOT}/launch/train.py", *arguments, f"{tmp_path}/one.json")
@@ -101,14 +55,16 @@ def test_several_hosts_train_as_one_does(hosts: Hosts, count: int, tmp_path: Pat
     assert found["held_out"] == expected["held_out"]
 
 
-def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(hosts: Hosts, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
+    make_hosts: Callable[[int], Hosts], tmp_path: Path
+) -> None:
     """Both nodes start their workers again, and end with the losses of a run in which nothing happened, to the bit."""
-    hosts.make(2)
+    hosts = make_hosts(2)
     arguments = [*SMALL, "--steps", "150", "--hook", "reduce_scatter", "--checkpoint-every", "10", "--timeout", "20"]
     arguments += ["--eval-every", "150"]
     checkpoints = tmp_path / "checkpoints"
     own = ["--checkpoint-dir", str(checkpoints), "--json", f"{tmp_path}/hosts.json"]
-    nodes = [hosts.start(i, "2", *arguments, *own) for i in range(2)]
+    nodes = [start(hosts, i, "2", tmp_path / f"log{i}", *arguments, *own) for i in range(2)]
     until(lambda: newest_step(checkpoints) >= 10, 60)
     children = Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text().split()
     worker = next(c for c in children if "train.py" in Path(f"/proc/{c}/cmdline").read_text())
@@ -122,35 +78,31 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(hosts: Hosts,
     assert found["losses"] == expected["losses"]
 
 
-def kill_all_in(name: str) -> None:
-    pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True).stdout.split()
-    for pid in pids:
-        os.kill(int(pid), signal.SIGKILL)
-
-
 @pytest.mark.parametrize("fault", ["link", "node"])
-def test_a_host_that_is_cut_off_or_dies_comes_back(hosts: Hosts, fault: str, tmp_path: Path) -> None:
+def test_a_host_that_is_cut_off_or_dies_comes_back(
+    make_hosts: Callable[[int], Hosts], fault: str, tmp_path: Path
+) -> None:
     """The other goes on alone from the newest checkpoint; then both do, and end with a loss in line."""
-    hosts.make(2)
+    hosts = make_hosts(2)
     size = {"width": 128, "layers": 2, "heads": 2, "context": 64}
     arguments = [part for name, number in size.items() for part in (f"--{name}", str(number))]
     arguments += ["--batch-size", "12", "--data", str(ROOT / "zeroadam"), "--sample", "20", "--eval-every", "5000"]
     arguments += ["--steps", "900", "--hook", "reduce_scatter", "--checkpoint-every", "20"]
     checkpoints, log = tmp_path / "hosts", tmp_path / "log0"
     own = ["--checkpoint-dir", str(checkpoints), "--timeout", "5"]
-    nodes = [hosts.start(i, "1:2", *arguments, *own) for i in range(2)]
+    nodes = [start(hosts, i, "1:2", tmp_path / f"log{i}", *arguments, *own) for i in range(2)]
     until(lambda: newest_step(checkpoints) >= 40, 60)
     assert "2 ranks" in log.read_text()
     if fault == "link":
-        ip("-n", hosts.names[1], "link", "set", "eth0", "down")
+        hosts.set_link(1, "down")
     else:
-        kill_all_in(hosts.names[1])
+        hosts.kill(1)
     until(lambda: "1 ranks" in log.read_text(), 90)
     if fault == "link":
-        ip("-n", hosts.names[1], "link", "set", "eth0", "up")
+        hosts.set_link(1, "up")
     else:
         nodes[1].wait()
-        nodes[1] = hosts.start(1, "1:2", *arguments, *own)
+        nodes[1] = start(hosts, 1, "1:2", tmp_path / "log1", *arguments, *own)
     until(lambda: log.read_text().count("2 ranks") == 2, 60)
     for index, node in enumerate(nodes):
         assert node.wait(timeout=150) == 0, (tmp_path / f"log{index}").read_text()

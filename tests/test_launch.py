@@ -218,10 +218,20 @@ def can_make_hosts() -> bool:
 def test_hosts_with_a_slow_network(tmp_path: Path) -> None:
     """Each namespace counts what its one rank sends: what the README says, on a real interface; and nothing is left."""
     before = benchmark_namespaces()
-    command = [f"{ROOT}/launch/benchmark_hosts.sh", "2", "1gbit", "--width", "256", "--layers", "2", "--context", "16"]
-    command += ["--steps", "5", "--warmup", "2", "--json", f"{tmp_path}/numbers.json", "--only", *SHARDED[1:]]
-    variables = {**environment(tmp_path), "TORCHRUN": f"{Path(sys.executable).parent}/torchrun"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=variables, check=False)
+    command = [sys.executable, f"{ROOT}/launch/benchmark_hosts.py", "2", "1gbit", "--width", "256", "--layers", "2"]
+    command += [
+        "--context",
+        "16",
+        "--steps",
+        "5",
+        "--warmup",
+        "2",
+        "--json",
+        f"{tmp_path}/numbers.json",
+        "--only",
+        *SHARDED[1:],
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment(tmp_path), check=False)
     assert done.returncode == 0, done.stderr
     rows = {row["implementation"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
     sent = {name: row["sent, bytes/param"] for name, row in rows.items()}
@@ -231,7 +241,7 @@ def test_hosts_with_a_slow_network(tmp_path: Path) -> None:
 
 
 def benchmark_namespaces() -> list[str]:
-    """Those that launch/benchmark_hosts.sh makes; other tests make others at the same time."""
+    """Those that launch/benchmark_hosts.py makes; other tests make others at the same time."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     return sorted(re.findall(r"^za\d+-\w+", listed, re.MULTILINE))
 
