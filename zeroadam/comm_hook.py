@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zeroadam.bucket import Bucket, is_dense, split_by_size
 from zeroadam.collectives import is_gloo, reduce_scatter
-from zeroadam.guard import REDUCED, Reduced, holder_of
+from zeroadam.guard import REDUCED, Reduced, holder_of, note
 from zeroadam.join import in_join
 from zeroadam.report import Meter
 from zeroadam.shared_memory import SharedMemory
@@ -87,7 +87,6 @@ class Reduction:
         """Start to reduce one bucket; finish what is `IN_FLIGHT` parts behind now, the rest at the end of backward."""
         backward = torch._C._current_graph_task_id()
         if backward != -1:
-            self._check_views(bucket)
             parts = self.known.get(bucket.buffer().data_ptr()) or self._know(bucket, wire_dtype)
             if backward != self.backward:
                 self.backward = backward
@@ -140,6 +139,7 @@ class Reduction:
 
     def _know(self, bucket: dist.GradBucket, wire_dtype: torch.dtype | None) -> "list[_Part]":
         """Lay a new bucket out, and forget those that had its parameters before DDP rebuilt them."""
+        self._check_views(bucket)
         old = {REDUCED[param].storage for param in bucket.parameters() if param in REDUCED}
         self.known = {address: parts for address, parts in self.known.items() if address not in old}
         for param in bucket.parameters():
@@ -206,6 +206,7 @@ class _Part:
         self.received_from = -(-self.pieces.staging_bytes // 8) * 8  # bytes; aligned for every dtype
         self.memory_bytes = self.received_from + sum(self.received_numels) * self.pieces.dtype.itemsize
         self.memory: Tensor | None = None
+        self.noted = -1  # `reduced.lost` when it was noted for all parameters
 
     def start(self, memory: Tensor) -> None:
         """Pack, send and receive; `memory` is uint8, [memory_bytes] or more, and needed until `finish`."""
@@ -238,5 +239,7 @@ class _Part:
     def remember(self) -> None:
         """Note which version the gradients are, once nothing more is written to their bucket."""
         self.reduced.version = self.grads[0]._version
-        for param in self.params:
-            REDUCED[param] = self.reduced
+        if self.noted != self.reduced.lost:  # not every time, as it takes longer than all the rest
+            self.noted = self.reduced.lost
+            for param in self.params:
+                note(param, self.reduced)

@@ -24,6 +24,7 @@ class Reduced:
     storage: int
     version: int
     group_name: str
+    lost: int = 0  # how many of its parameters another has taken over
 
     def still_in(self, grad: Tensor) -> bool:
         return grad.untyped_storage().data_ptr() == self.storage and grad._version == self.version
@@ -32,6 +33,14 @@ class Reduced:
 # Ownership depends on shape and W alone: an optimizer can step on what was reduced by a hook on another one.
 HELD: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> weak reference to the ZeroAdam that holds it
 REDUCED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> Reduced
+
+
+def note(param: Tensor, reduced: Reduced) -> None:
+    """Remember that the gradient is what the hook wrote last."""
+    before: Reduced | None = REDUCED.get(param)
+    if before is not None and before is not reduced:
+        before.lost += 1
+    REDUCED[param] = reduced
 
 
 def summed_over(param: Tensor, process_group: dist.ProcessGroup) -> int:

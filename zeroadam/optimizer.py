@@ -252,7 +252,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             if piece.numel() == 0:  # another rank's, but its step counts here too
                 held["step"] += 1
                 continue
-            own = {k: v.to_local() if isinstance(v := held[k], DTensor) else v for k in STATE if k in held}
+            own = {k: v.to_local() if isinstance(v, DTensor) else v for k, v in held.items() if k in STATE}
             grad = shard(param.grad, self.world_size, self.rank)
             with_grad.append(
                 Piece(piece, grad, divisors[param], own, compute_dtype(param, self.master_dtype, self.state_dtype))

@@ -25,10 +25,12 @@ else:
     triton_update = None  # type: ignore[assignment]
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-STATE = ("step", *(moment + suffix for moment in MOMENTS for suffix in ("", CODES, SCALES)), *MASTERS)
+STATE = {"step", *(moment + suffix for moment in MOMENTS for suffix in ("", CODES, SCALES)), *MASTERS}
 # Elements that are updated at a time on the CPU: their gradient, cast or divided, stays in cache. On other devices,
 # where a kernel's launch takes longer than its block, all pieces of a bucket are.
 BLOCK_NUMEL = 2**19
+# Elements up to which it is cheaper to make a new tensor, of many in one call, than to find room for it.
+SMALL_NUMEL = 2**14
 
 
 @dataclass
@@ -104,25 +106,17 @@ def _runs(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def _update_block(block: Sequence[Piece], group: dict[str, Any], room: Room) -> None:
-    weights, grads, numel = [], [], 0
+    names, weights, offsets, numel = moments(group), [], [], 0
     state: dict[str, list[Tensor]] = {"step": [], **{moment: [] for moment in MOMENTS}}
     for piece in block:
-        weight, grad = _weight(piece, room, numel), piece.grad
-        # The sum itself must stay, as another backward may add to it; fused kernels do not look at strides.
-        if piece.divisor > 1 or grad.dtype != weight.dtype or grad.stride() != weight.stride():
-            own = room.take("grad", weight, weight.dtype, numel)
-            if piece.divisor == 1 or grad.dtype != own.dtype:
-                grad = own.copy_(grad)
-            if piece.divisor & (piece.divisor - 1):
-                grad = torch.div(grad, piece.divisor, out=own)
-            elif piece.divisor > 1:  # by a power of two, to the bit the same, and faster
-                grad = torch.mul(grad, 1 / piece.divisor, out=own)
+        weight = _weight(piece, room, numel)
         weights.append(weight)
-        grads.append(grad)
+        offsets.append(numel)
         state["step"].append(piece.state["step"])
-        for moment in moments(group):
+        for moment in names:
             state[moment].append(_moment(piece, moment, weight, room, numel))
         numel += weight.numel()
+    grads = _means(block, weights, offsets, room)
     beta1, beta2 = group["betas"]
     adam(
         weights,
@@ -144,12 +138,42 @@ def _update_block(block: Sequence[Piece], group: dict[str, Any], room: Room) -> 
         decoupled_weight_decay=group["decoupled_weight_decay"],
     )
     for index, (piece, weight) in enumerate(zip(block, weights, strict=True)):
-        for moment in moments(group):
+        for moment in names:
             _keep_moment(piece, moment, state[moment][index], room)
         if "remainder" in piece.state:
             split(weight, piece.param, piece.state["remainder"], room.take("grad", weight, torch.int32, 0))
         elif weight is not piece.param:
             piece.param.copy_(weight)
+
+
+def _means(block: Sequence[Piece], weights: Sequence[Tensor], offsets: Sequence[int], room: Room) -> list[Tensor]:
+    """Gradients over their divisors, in the dtype and the strides of the weights, which fused kernels do not look at.
+
+    The sums themselves stay, as another backward may add to them.
+    """
+    grads, small = [piece.grad for piece in block], []
+    for index, (piece, weight) in enumerate(zip(block, weights, strict=True)):
+        grad = piece.grad
+        fits = grad.dtype == weight.dtype and grad.stride() == weight.stride()
+        if fits and piece.divisor == 1:
+            continue
+        power_of_two = piece.divisor & (piece.divisor - 1) == 0  # then a product is the same to the bit, and faster
+        if fits and power_of_two and weight.numel() <= SMALL_NUMEL:
+            small.append(index)
+            continue
+        own = room.take("grad", weight, weight.dtype, offsets[index])
+        if piece.divisor == 1 or grad.dtype != own.dtype:
+            grad = own.copy_(grad)
+        if not power_of_two:
+            grad = torch.div(grad, piece.divisor, out=own)
+        elif piece.divisor > 1:
+            grad = torch.mul(grad, 1 / piece.divisor, out=own)
+        grads[index] = grad
+    if small:  # all of the same divisor, as only that of 0-d parameters is another: 1
+        means = torch._foreach_mul([grads[index] for index in small], 1 / block[small[0]].divisor)
+        for index, mean in zip(small, means, strict=True):
+            grads[index] = mean
+    return grads
 
 
 def _weight(piece: Piece, room: Room, offset: int) -> Tensor:
