@@ -1,9 +1,11 @@
 """The pages of docs/ say what is so: scripts run, before and after, and messages are ours."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from test_launch import ROOT, output_of
 
 DIFFS = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/coming_from.md").read_text(), re.DOTALL)
@@ -29,3 +31,23 @@ def test_messages_are_those_of_the_code() -> None:
     for cell in messages:
         for message in re.findall(r"`(.*?)`", cell):
             assert message.removeprefix("disagree on ") in source, message
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("compiled", ["net", "model"])
+def test_torchs_own_tools(compiled: str, tmp_path: Path) -> None:
+    """The trace has our phases; the average of the weights is AdamW's without torch.compile, to its rounding."""
+    script = re.findall(r"```python\n(.*?)```", (ROOT / "docs/torch.md").read_text(), re.DOTALL)[0]
+    if compiled == "model":
+        script = script.replace("torch.compile(net)", "net").replace("    model(", "    torch.compile(model)(")
+    script = script.replace("dist.destroy_process_group()", "torch.save(average.state_dict(), 'average.pt')")
+    assert "zeroadam.update" in output_of(script, tmp_path)
+    found = torch.load(tmp_path / "average.pt")
+    for rank in range(2):
+        trace = (tmp_path / f"trace{rank}.json").read_text()
+        assert all(f'"zeroadam.{phase}"' in trace for phase in ("reduce_scatter", "update", "all_gather"))
+    plain = script.replace("ZeroAdamW(", "torch.optim.AdamW(").replace("model.register_comm_hook", "# ")
+    plain = plain.replace("torch.compile(", "(")
+    output_of(plain, tmp_path)
+    expected = torch.load(tmp_path / "average.pt")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
