@@ -56,23 +56,32 @@ def test_several_hosts_train_as_one_does(make_hosts: Callable[[int], Hosts], cou
     assert found["held_out"] == expected["held_out"]
 
 
-def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
+def test_a_killed_worker_and_a_killed_head_cost_the_steps_since_the_last_checkpoint(
     make_hosts: Callable[[int], Hosts], tmp_path: Path
 ) -> None:
-    """Both nodes start their workers again, and end with the losses of a run in which nothing happened, to the bit."""
+    """Both nodes start their workers again; without the head the run ends, and goes on when it is started again. It
+    ends with the losses of a run in which nothing happened, to the bit."""
     hosts = make_hosts(2)
-    arguments = [*SMALL, "--steps", "150", "--hook", "reduce_scatter", "--checkpoint-every", "10", "--timeout", "20"]
-    arguments += ["--eval-every", "150"]
-    checkpoints = tmp_path / "checkpoints"
+    arguments = [*SMALL, "--steps", "400", "--hook", "reduce_scatter", "--checkpoint-every", "10", "--timeout", "20"]
+    arguments += ["--eval-every", "400"]
+    checkpoints, log = tmp_path / "checkpoints", tmp_path / "log0"
     own = ["--checkpoint-dir", str(checkpoints), "--json", f"{tmp_path}/hosts.json"]
-    nodes = [start(hosts, i, "2", tmp_path / f"log{i}", *arguments, *own) for i in range(2)]
+
+    def start_both() -> list[subprocess.Popen[str]]:
+        return [start(hosts, i, "2", tmp_path / f"log{i}", *arguments, *own) for i in range(2)]
+
+    nodes = start_both()
     until(lambda: newest_step(checkpoints) >= 10, 60)
     children = Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text().split()
     worker = next(c for c in children if "train.py" in Path(f"/proc/{c}/cmdline").read_text())
     os.kill(int(worker), signal.SIGKILL)
+    until(lambda: log.read_text().count("resumed after step") == 1, 60)
+    hosts.kill(0)
+    assert all(node.wait(timeout=60) != 0 for node in nodes)
+    nodes = start_both()
     for index, node in enumerate(nodes):
         assert node.wait(timeout=150) == 0, (tmp_path / f"log{index}").read_text()
-    assert "resumed after step" in (tmp_path / "log0").read_text()
+    assert log.read_text().count("resumed after step") == 2
     done = torchrun(2, f"{ROOT}/launch/train.py", *arguments, "--json", f"{tmp_path}/one.json")
     assert done.returncode == 0, done.stderr
     found, expected = (json.loads((tmp_path / name).read_text()) for name in ("hosts.json", "one.json"))
