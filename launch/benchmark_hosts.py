@@ -7,6 +7,7 @@ Needs ip and tc, and the right to make namespaces. What it has made goes when it
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ def main() -> int:
     parser.add_argument("rate", help="that each may send, as tc has it: 1gbit, 100mbit")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of launch/benchmark.py")
     args = parser.parse_args()
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
+        parser.error("needs ip and tc, and root's right to make network namespaces: start it with sudo")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     hosts = Hosts(f"za{os.getpid()}", args.hosts, args.rate)
     try:
@@ -29,6 +32,8 @@ def main() -> int:
         command += ["--max-restarts", "0", f"{HERE}/benchmark.py", *args.arguments]
         nodes = [hosts.start(index, command) for index in range(args.hosts)]
         return max(node.wait() for node in nodes)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     finally:
         hosts.remove()
 

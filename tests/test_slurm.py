@@ -61,11 +61,14 @@ class Cluster:
         key = folder / "key"
         key.write_bytes(secrets.token_bytes(64))
         key.chmod(0o600)
-        options = [f"--{what}-file={folder}/{what}" for what in ("key", "log", "pid", "seed")]
+        self.daemons: list[subprocess.Popen[str]] = []
+
+    def start_all(self) -> None:
+        options = [f"--{what}-file={self.folder}/{what}" for what in ("key", "log", "pid", "seed")]
         # --force: a folder that only root may enter is fine, as only root does.
-        munged = ["munged", "-F", "--force", f"--socket={folder}/munge", *options]
-        self.daemons = [subprocess.Popen(munged, stderr=subprocess.DEVNULL)]
-        until((folder / "munge").exists, 20)
+        munged = ["munged", "-F", "--force", f"--socket={self.folder}/munge", *options]
+        self.daemons.append(subprocess.Popen(munged, stderr=subprocess.DEVNULL, text=True))
+        until((self.folder / "munge").exists, 20)
         self.daemons.append(self.start(0, "slurmctld", "-D"))
         for index in range(2):
             self.start_node(index)
@@ -102,23 +105,17 @@ class Cluster:
 def cluster(make_hosts: Callable[[int], Hosts]) -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="zas") as folder:  # short, as munge's socket is there
         made = Cluster(make_hosts(2), Path(folder))
-        yield made
-        made.remove()
+        try:
+            made.start_all()
+            yield made
+        finally:
+            made.remove()
 
 
 def test_a_job_loses_a_node_and_goes_on_from_the_newest_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
     """Slurm puts it in the queue again; it ends with the losses of a run in which nothing happened, to the bit."""
-    arguments = [
-        *SMALL,
-        "--steps",
-        "150",
-        "--hook",
-        "reduce_scatter",
-        "--checkpoint-every",
-        "10",
-        "--eval-every",
-        "150",
-    ]
+    arguments = [*SMALL, "--hook", "reduce_scatter", "--checkpoint-every", "10"]
+    arguments += ["--steps", "150", "--eval-every", "150"]
     checkpoints, log = tmp_path / "checkpoints", tmp_path / "log"
     own = ["--checkpoint-dir", str(checkpoints), "--json", f"{tmp_path}/slurm.json"]
     until(lambda: cluster.ask("scontrol", "show", "node").count("State=IDLE ") == 2, 60)
