@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,11 @@ def counted(dtype: torch.dtype, options: dict[str, Any], *, hook: bool) -> tuple
     model = gpt(dtype)
     parameters = live_bytes() - before
     optimizer = ZeroAdamW(model.parameters(), **options)
-    held = live_bytes() - before - parameters
+    planned = plan(model.parameters(), dist.get_world_size(), backend="gloo", **options)[dist.get_rank()]
+    wanted = planned.moments + planned.master + planned.steps + planned.staging
+    deadline = time.monotonic() + 10
+    while (held := live_bytes() - before - parameters) != wanted and time.monotonic() < deadline:
+        time.sleep(0.1)  # what gloo has sent last may live a moment longer in its thread
     state = {
         name: sum(
             (value.to_local() if isinstance(value, DTensor) else value).nbytes
@@ -79,7 +84,6 @@ def counted(dtype: torch.dtype, options: dict[str, Any], *, hook: bool) -> tuple
         optimizer.step()
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         optimizer.zero_grad()
-    planned = plan(model.parameters(), dist.get_world_size(), backend="gloo", **options)[dist.get_rank()]
     found = RankBytes(
         parameters=parameters,
         gradients=gradients,
