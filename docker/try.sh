@@ -9,10 +9,9 @@ cd "$(dirname "$0")/.."
 
 export COMPOSE_PROJECT_NAME=zeroadam-try$$
 export TRAIN=${TRAIN:---steps 700 --eval-every 1000 --width 128 --layers 2 --heads 2 --context 64}
-compose() {
-  if docker compose version >/dev/null 2>&1; then docker compose "$@"; else docker-compose "$@"; fi
-}
-cluster() { compose -f docker/compose.yaml "$@"; }
+compose=(docker compose)
+if ! docker compose version >/dev/null 2>&1; then compose=(docker-compose); fi
+cluster() { "${compose[@]}" -f docker/compose.yaml "$@"; }
 clean() { cluster down --volumes --timeout 1 >/dev/null 2>&1; }
 trap clean EXIT
 
@@ -36,6 +35,7 @@ until_checkpoint() {
     if [ "$(cluster exec -T one ls /checkpoints)" != "$before" ]; then return; fi
     sleep 1
   done
+  echo "no checkpoint in 60 s"
   exit 1
 }
 

@@ -103,7 +103,7 @@ def alone(name: str, args: argparse.Namespace, device: torch.device) -> dict[str
 def peaks_of(names: list[str], args: argparse.Namespace) -> dict[str, int]:
     """Bytes that each needs over what its process had before, on the rank that needs most."""
     found = {}
-    folders = [tempfile.mkdtemp()]
+    folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(folders)
     for count, name in enumerate(names):
         command = [sys.executable, __file__, "--alone", name, "--steps", "0", "--warmup", str(args.warmup)]

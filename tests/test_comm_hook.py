@@ -292,6 +292,26 @@ def test_uneven_inputs_under_join(run_ranks, world_size: int) -> None:
     run_ranks(uneven, world_size, True)
 
 
+def epochs() -> list[Tensor]:
+    net = Net()
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=0.5)
+    optimizer = ZeroAdamW(net.parameters(), **ADAMW)
+    model.register_comm_hook(optimizer, reduce_scatter_hook)
+    for _ in range(2):
+        with Join([model, optimizer]):
+            for step in range(4 + dist.get_rank()):
+                model(data_of(dist.get_rank(), step, 0), sometimes=True).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return [param.detach() for param in net.parameters()]
+
+
+def test_inputs_come_again_after_join(run_ranks) -> None:
+    """In the buckets that the rank had before, whose sums are told from those it got without inputs."""
+    for one, other in zip(*run_ranks(epochs, 2), strict=True):
+        assert torch.equal(one, other)
+
+
 def uneven_refused(case: str) -> None:
     net = Net()
     model = DistributedDataParallel(net, gradient_as_bucket_view=True)
