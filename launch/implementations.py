@@ -199,8 +199,9 @@ class Limit:
         dist.barrier()
         sent, start, cpu = sent_bytes(), now(self.device), time.process_time()
         self.run()
-        end, end_cpu = now(self.device), time.process_time()
+        end_cpu = time.process_time()
         dist.barrier()
+        end = now(self.device)
         self.steps.append({"wall": end - start, "CPU": end_cpu - cpu, "sent": sent_bytes() - sent})
 
 
@@ -217,7 +218,8 @@ class Implementation:
     def step(self, tokens: Tensor) -> None:
         """Take the step that the gradients of the last call are for, and make new ones.
 
-        In this order, because an all-gather may go on while the next forward runs.
+        In this order, because an all-gather may go on while the next forward runs. The time is that until all ranks
+        are done: where they share cores, one that gets its core late would measure less than it takes.
         """
         dist.barrier()
         sent, start, cpu = sent_bytes(), now(tokens.device), time.process_time()
@@ -230,8 +232,9 @@ class Implementation:
             self.optimizer.engine.backward(loss)
         else:
             loss.backward()
-        end, end_cpu = now(tokens.device), time.process_time()
+        end_cpu = time.process_time()
         dist.barrier()  # all have received what has been sent
+        end = now(tokens.device)
         self.steps.append(
             {
                 "wall": end - start,
