@@ -7,12 +7,11 @@ Needs ip and tc, and the right to make namespaces. What it has made goes when it
 
 import argparse
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
 
-from hosts import Hosts
+from hosts import Hosts, can_make_hosts
 
 HERE = Path(__file__).parent
 
@@ -23,7 +22,7 @@ def main() -> int:
     parser.add_argument("rate", help="that each may send, as tc has it: 1gbit, 100mbit")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of launch/benchmark.py")
     args = parser.parse_args()
-    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
+    if not can_make_hosts():
         parser.error("needs ip and tc, and root's right to make network namespaces: start it with sudo")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     hosts = Hosts(f"za{os.getpid()}", args.hosts, args.rate)

@@ -4,6 +4,7 @@ Needs root, ip and tc.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -13,6 +14,10 @@ from typing import Any
 
 def ip(*arguments: str) -> str:
     return subprocess.run(["ip", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def can_make_hosts() -> bool:
+    return os.geteuid() == 0 and shutil.which("ip") is not None and shutil.which("tc") is not None
 
 
 class Hosts:

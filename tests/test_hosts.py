@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hosts import Hosts
+from hosts import Hosts, can_make_hosts
 from test_faults import final, newest_step
-from test_launch import ROOT, SMALL, can_make_hosts, environment, torchrun
+from test_launch import ROOT, SMALL, environment, torchrun
 from train import GPT, batch, loss_of, read_text
 
 pytestmark = [
@@ -38,20 +39,26 @@ def until(what: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
+def on_one_host(ranks: int, folder: Path, *arguments: str) -> dict[str, Any]:
+    """What launch/train.py finds where nothing happens to it."""
+    done = torchrun(ranks, f"{ROOT}/launch/train.py", *arguments, "--json", f"{folder}/one.json")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads((folder / "one.json").read_text())
+    return found
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_hosts_train_as_one_does(make_hosts: Callable[[int], Hosts], count: int, tmp_path: Path) -> None:
     """The same losses, to the bit, as of so many ranks on one host."""
     hosts = make_hosts(count)
-    arguments = [*SMALL, "--steps", "20", "--hook", "reduce_scatter", "--gather-in-forward", "--json"]
+    arguments = [*SMALL, "--steps", "20", "--hook", "reduce_scatter", "--gather-in-forward"]
     nodes = [
-        start(hosts, i, str(count), tmp_path / f"log{i}", *arguments, f"{tmp_path}/hosts.json")
+        start(hosts, i, str(count), tmp_path / f"log{i}", *arguments, "--json", f"{tmp_path}/hosts.json")
         for i in reversed(range(count))
     ]
     for node in nodes:
         assert node.wait(timeout=120) == 0, (tmp_path / "log0").read_text()
-    done = torchrun(count, f"{ROOT}/launch/train.py", *arguments, f"{tmp_path}/one.json")
-    assert done.returncode == 0, done.stderr
-    found, expected = (json.loads((tmp_path / name).read_text()) for name in ("hosts.json", "one.json"))
+    found, expected = json.loads((tmp_path / "hosts.json").read_text()), on_one_host(count, tmp_path, *arguments)
     assert found["losses"] == expected["losses"]
     assert found["held_out"] == expected["held_out"]
 
@@ -82,10 +89,8 @@ def test_a_killed_worker_and_a_killed_head_cost_the_steps_since_the_last_checkpo
     for index, node in enumerate(nodes):
         assert node.wait(timeout=150) == 0, (tmp_path / f"log{index}").read_text()
     assert log.read_text().count("resumed after step") == 2
-    done = torchrun(2, f"{ROOT}/launch/train.py", *arguments, "--json", f"{tmp_path}/one.json")
-    assert done.returncode == 0, done.stderr
-    found, expected = (json.loads((tmp_path / name).read_text()) for name in ("hosts.json", "one.json"))
-    assert found["losses"] == expected["losses"]
+    found = json.loads((tmp_path / "hosts.json").read_text())
+    assert found["losses"] == on_one_host(2, tmp_path, *arguments)["losses"]
 
 
 def test_a_host_that_is_cut_off_or_dies_comes_back(make_hosts: Callable[[int], Hosts], tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hosts import can_make_hosts
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -208,10 +208,6 @@ def test_the_benchmark_without_torchrun_says_how_to_start_it() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "start it with torchrun" in done.stderr
-
-
-def can_make_hosts() -> bool:
-    return os.geteuid() == 0 and shutil.which("ip") is not None and shutil.which("tc") is not None
 
 
 @pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc for network namespaces")
