@@ -34,6 +34,7 @@ register_optimizer_step_post_hook(after_step)
 sys.argv = [script, steps]
 runpy.run_path(script, run_name="__main__")
 torch.save([p.detach() for p in params], f"params{rank}.pt")
+os._exit(0)  # on the usual way out torch may abort: see docs/troubleshooting.md
 """
 
 
