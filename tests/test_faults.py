@@ -173,7 +173,6 @@ def newest_step(folder: Path) -> int:
 KILLS = 20
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="workers are found by Linux's /proc")
 def test_twenty_kills_lose_nothing(tmp_path: Path) -> None:
     """Every worker that is killed, at random moments and while checkpoints are written, costs a few steps of time."""

@@ -51,7 +51,6 @@ def params(folder: Path) -> list[torch.Tensor]:
     return both[0]
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("framework", SCRIPTS)
 def test_killed_and_resumed_it_ends_where_it_should(framework: str, tmp_path: Path) -> None:
     """Killed after 7 of 8 steps. Lightning goes on with other data then, so AdamW goes through the same there."""
@@ -79,7 +78,6 @@ MISTAKES = {
 }
 
 
-@pytest.mark.timeout(150)
 @pytest.mark.parametrize("framework", MISTAKES)
 def test_what_has_been_forgotten_is_named(framework: str, tmp_path: Path) -> None:
     pytest.importorskip({"trainer": "transformers"}.get(framework, framework))

@@ -14,6 +14,7 @@ import pytest
 from hosts import can_make_hosts
 
 ROOT = Path(__file__).parents[1]
+RUN_SECONDS = 200  # at most; alone on the machine some 20
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 SMALL = [
     *("--width", "32", "--heads", "2", "--layers", "1", "--context", "32", "--batch-size", "4"),
@@ -26,9 +27,7 @@ def environment(folder: Path | str) -> dict[str, str]:
     return {**os.environ, "TMPDIR": str(folder)}
 
 
-def torchrun(
-    world_size: int, *command: str, cwd: Path | None = None, timeout: float = 80
-) -> subprocess.CompletedProcess[str]:
+def torchrun(world_size: int, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     arguments = [*TORCHRUN, f"--nproc-per-node={world_size}", *command]
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -37,11 +36,11 @@ def torchrun(
         ) as process,
     ):
         try:
-            out, err = process.communicate(timeout=timeout)
+            out, err = process.communicate(timeout=RUN_SECONDS)
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun ends its workers, which are sessions of their own
             out, err = process.communicate(timeout=35)
-            pytest.fail(f"no end after {timeout} s:\n{out}\n{err}")
+            pytest.fail(f"no end after {RUN_SECONDS} s:\n{out}\n{err}")
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 

@@ -17,12 +17,9 @@ from test_hosts import on_one_host, until
 from test_launch import ROOT, SMALL, environment
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "nsenter", "unshare")
-pytestmark = [
-    pytest.mark.skipif(
-        not can_make_hosts() or not all(map(shutil.which, PROGRAMS)), reason="needs root, ip and tc, Slurm and munge"
-    ),
-    pytest.mark.timeout(400),
-]
+pytestmark = pytest.mark.skipif(
+    not can_make_hosts() or not all(map(shutil.which, PROGRAMS)), reason="needs root, ip and tc, Slurm and munge"
+)
 CONFIGURATION = """
 ClusterName=zeroadam
 SlurmctldHost={names[0]}({addresses[0]})
