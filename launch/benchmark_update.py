@@ -8,9 +8,11 @@ import torch
 from measure import now
 from torch import nn
 
-from zeroadam.precision import bitsandbytes, precision
-from zeroadam.state import moments
-from zeroadam.update import Piece, update
+from zeroadam.options import Options
+from zeroadam.state.storage import moments
+from zeroadam.update.adam import Scratch, Update, scratch_numel
+from zeroadam.update.piece import Piece
+from zeroadam.update.rounding import bitsandbytes
 
 ROW = 1024
 WARMUP = 2
@@ -40,21 +42,20 @@ GROUP = {
 def pieces(kind: str, numel: int, device: torch.device) -> list[Piece]:
     """A shard of `numel` parameters whose gradients are the sum over two ranks."""
     dtype, options = KINDS[kind]
-    options = {"master_dtype": None, "store_param_remainders": False, "state_dtype": None, **options}
     made = []
     for rows in [numel // ROW // 16] * 16:
         param = torch.randn(rows, ROW, device=device).to(dtype)
-        kept = precision(torch.empty(4096, ROW, dtype=dtype, device="meta"), **options)
+        precision = Options(**options).precision(torch.empty(4096, ROW, dtype=dtype, device="meta"))
         state = {"step": torch.zeros((), device=device)}
-        for moment in moments(GROUP):
-            if kept.moments == torch.uint8:
+        for moment in moments(amsgrad=False):
+            if precision.moments == torch.uint8:
                 state[f"{moment}_8bit"] = torch.zeros_like(param, dtype=torch.uint8)
                 state[f"{moment}_absmax"] = torch.zeros(rows, ROW // 256, device=device)
             else:
-                state[moment] = torch.zeros_like(param, dtype=kept.moments)
-        if kept.master:
-            state[kept.master] = torch.zeros_like(param) if kept.master == "remainder" else param.float()
-        made.append(Piece(param, torch.randn_like(param), 2, state, kept.compute))
+                state[moment] = torch.zeros_like(param, dtype=precision.moments)
+        if precision.master:
+            state[precision.master] = torch.zeros_like(param) if precision.master == "remainder" else param.float()
+        made.append(Piece(param, torch.randn_like(param), 2, state, precision.compute))
     return made
 
 
@@ -66,7 +67,8 @@ def moved_bytes(shard: list[Piece]) -> int:
 
 def ours(kind: str, numel: int, device: torch.device) -> tuple[int, Callable[[], Any]]:
     shard = pieces(kind, numel, device)
-    return moved_bytes(shard), lambda: update(shard, GROUP)
+    update = Update(shard, GROUP, Scratch(scratch_numel([numel], device), device))
+    return moved_bytes(shard), lambda: update.step(GROUP)
 
 
 def theirs(dtype: torch.dtype, numel: int, device: torch.device) -> tuple[int, Callable[[], Any]]:

@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from train import GPT, Block, state_bytes
 
 from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
-from zeroadam.collectives import all_gather, is_gloo, reduce_scatter
+from zeroadam.layout.packing import direct_rows
+from zeroadam.transport import choose
 
 REFERENCE = "ddp + adamw"
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
@@ -160,21 +161,17 @@ def bare_adam(numel: int, device: torch.device) -> Callable[[], Any]:
 
 def bare_transfer(numel: int, device: torch.device) -> Callable[[], Any]:
     """To each rank the gradients of its share, from each its share of the parameters: the fewest bytes there are."""
-    model = nn.ParameterList([torch.zeros(numel, device=device)])
-    optimizer = ZeroAdamW(model.parameters(), **OPTIONS)
-    (bucket,) = optimizer._buckets
-    group, rank = optimizer.process_group, optimizer.rank
-    row = bucket.rows()[0][rank]
-    senders = group.size() - 1 if is_gloo(group, device.type) else 0
-    received = [[torch.empty_like(row) for _ in range(senders)]]
+    group = dist.group.WORLD
+    transport = choose(group, device.type)
+    rows = direct_rows(torch.zeros(numel, device=device), group.size(), transport.rules)
+    assert rows is not None, "numel must be a multiple of W for this backend"
+    scratch = [[torch.empty_like(rows[group.rank()]) for _ in range(transport.senders)]]
+    reduce, gather = transport.prepare_reduce([rows], scratch), transport.prepare_gather([rows])
 
     def transfer() -> None:
-        if optimizer.shared is not None:
-            optimizer.shared.reduce_scatter(bucket.rows())()
-            optimizer.shared.all_gather(bucket.rows())()
-        else:
-            reduce_scatter(bucket.rows(), received, group)()
-            all_gather(bucket.rows(), group)()
+        reduce()()
+        for wait in gather():
+            wait()
 
     return transfer
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
 from zeroadam import ZeroAdam, ZeroAdamW
-from zeroadam.agree import fingerprint
+from zeroadam.state.agreement import fingerprint
 
 ODD_RANK = 1
 

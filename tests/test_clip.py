@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from zeroadam import ZeroAdamW, reduce_scatter_hook
-from zeroadam.shard import shard
+from zeroadam.layout.shard import shard
 
 
 class Net(nn.Module):

@@ -8,11 +8,12 @@ import struct
 import pytest
 import torch
 import torch.distributed as dist
+from test_shared_memory import rows_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from zeroadam import ZeroAdam, bf16_reduce_scatter_hook, reduce_scatter_hook
-from zeroadam.collectives import all_gather
+from zeroadam.transport.gloo import Gloo
 
 NUMEL = 3_001_000
 
@@ -21,9 +22,9 @@ def gather(numels: list[int]) -> None:
     rank = dist.get_rank()
     gathers = []
     for shift in range(6):  # several under way at once
-        rows = [torch.full((n,), float(r + shift if r == rank else -1)) for r, n in enumerate(numels)]
-        gathers.append((shift, rows, all_gather([rows], dist.group.WORLD)))
-    for shift, rows, wait in gathers:
+        rows = rows_of(torch.full((n,), float(r + shift if r == rank else -1)) for r, n in enumerate(numels))
+        gathers.append((shift, rows, Gloo(dist.group.WORLD).prepare_gather([rows])()))
+    for shift, rows, (wait,) in gathers:
         wait()
         assert all(bool((row == r + shift).all()) for r, row in enumerate(rows))
 

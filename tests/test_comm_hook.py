@@ -21,8 +21,9 @@ from torch.distributed.algorithms import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from zeroadam import GradScaler, ZeroAdamW, bf16_reduce_scatter_hook, comm_hook, reduce_scatter_hook
-from zeroadam.shard import shard
+from zeroadam import GradScaler, ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
+from zeroadam.layout.shard import shard
+from zeroadam.reduce import hook
 
 STEPS = 20
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "fused": False}
@@ -389,7 +390,7 @@ def test_two_optimizers_over_one_model(run_ranks) -> None:
 
 def two_clipped_optimizers() -> None:
     """Gradients of one DDP bucket share a version counter: what one optimizer clips is no news to the other."""
-    comm_hook.PART_BYTES = 2**18
+    hook.PART_BYTES = 2**18
     net = Net()
     model = DistributedDataParallel(net, gradient_as_bucket_view=True)
     params = list(net.parameters())

@@ -19,22 +19,31 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from zeroadam import ZeroAdamW, optimizer, reduce_scatter_hook, shared_memory
+from zeroadam import ZeroAdamW, reduce_scatter_hook
+from zeroadam.layout.rows import Rows
+from zeroadam.transport import shared_memory
+from zeroadam.transport.gloo import Gloo
 
 ADAMW = {"lr": 1e-3, "weight_decay": 0.1, "fused": False}
 
 
 def come_late() -> None:
     os.environ["ZEROADAM_SHARED_MEMORY"] = "0"
-    gather = optimizer.all_gather
+    prepare = Gloo.prepare_gather
 
-    def late(exchanges: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> Callable[[], None]:
-        others = [row for rows in exchanges for rank, row in enumerate(rows) if rank != group.rank()]
-        for row in others:
-            row.fill_(torch.nan)
-        return lambda: gather(exchanges, group)()
+    def prepare_late(self: Gloo, exchanges: Sequence[Rows]) -> Callable[[], list[Callable[[], None]]]:
+        starts = [prepare(self, [rows]) for rows in exchanges]
 
-    optimizer.all_gather = late
+        def start() -> list[Callable[[], None]]:
+            for rows in exchanges:
+                for rank, row in enumerate(rows):
+                    if rank != self.rank:
+                        row.fill_(torch.nan)
+            return [lambda start=start: start()[0]() for start in starts]
+
+        return start
+
+    Gloo.prepare_gather = prepare_late  # type: ignore[method-assign]
 
 
 class Net(nn.Module):
@@ -135,7 +144,7 @@ def layers() -> tuple[nn.Module, ZeroAdamW, list[str]]:
         optimizer.step()
     events: list[str] = []
     for index, layer in enumerate(model):
-        gather = optimizer._gathers[layer.weight]
+        gather = optimizer._gathers.waiting[layer.weight]
         wait = gather.wait
 
         def wait_and_tell(index: int = index, wait: Callable[[], None] = wait) -> None:
@@ -174,17 +183,17 @@ def readers(model: nn.Module, own: ZeroAdamW) -> list[Callable[[], Any]]:
 
 
 def other_readers() -> None:
-    gather = optimizer.all_gather
+    prepare = Gloo.prepare_gather
     for index in range(len(readers(nn.Module(), ZeroAdamW([nn.Parameter(torch.ones(1))])))):
-        optimizer.all_gather = gather
+        Gloo.prepare_gather = prepare  # type: ignore[method-assign]
         model, own, _ = layers()
         assert model[2].weight.isnan().any()
         readers(model, own)[index]()
         if index == 0:
-            assert own._gathers  # the next ones
+            assert own._gathers.waiting  # the next ones
             own.finish_gather()
         assert not any(p.isnan().any() for p in model.parameters())
-        assert not own._gathers
+        assert not own._gathers.waiting
 
 
 def test_who_else_reads_waits(run_ranks: Any) -> None:
@@ -201,7 +210,7 @@ def copies() -> None:
     for step in range(3):
         (model(torch.ones(1, 512)).sum() + other(torch.ones(1, 512)).sum()).backward()
         optimizer.step()
-        assert not set(optimizer._gathers) & set(other.parameters()), "nobody would wait for them"
+        assert not set(optimizer._gathers.waiting) & set(other.parameters()), "nobody would wait for them"
         optimizer.finish_gather()
         average.update_parameters(model)
         assert torch.equal(average(torch.ones(1, 512)), copy.deepcopy(average)(torch.ones(1, 512)))

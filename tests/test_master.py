@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from zeroadam import ZeroAdam, ZeroAdamW, checkpoint, reduce_scatter_hook
-from zeroadam.master import join, split
+from zeroadam.update.master import join, split
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-6, "fused": False}
 WAYS: dict[str, dict[str, Any]] = {

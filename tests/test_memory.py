@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from train import GPT
 
 from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, plan, reduce_scatter_hook
-from zeroadam.memory import RankBytes, whole_tensors
-from zeroadam.precision import bitsandbytes
+from zeroadam.memory_plan import RankBytes, whole_tensors
+from zeroadam.update.rounding import bitsandbytes
 
 COMMAND = Path(sys.executable).with_name("zeroadam")
 PRECISIONS: dict[str, dict[str, Any]] = {

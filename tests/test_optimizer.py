@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-import zeroadam.optimizer as optimizer_module
 from zeroadam import ZeroAdam, ZeroAdamW
+from zeroadam.gather.param_bucket import STAGING_SLOTS
 
 STEPS = 20
 PLAIN = {ZeroAdam: torch.optim.Adam, ZeroAdamW: torch.optim.AdamW}
@@ -410,7 +410,7 @@ def many_buckets() -> None:
         set_gradients(step, *lists)
         ours.step()
         plain.step()
-    assert len(ours._buckets) > 5 * optimizer_module.IN_FLIGHT
+    assert len(ours._plan.buckets) > 5 * STAGING_SLOTS
     assert_same(ours, plain)
 
 
@@ -422,10 +422,10 @@ def test_buckets_that_share_staging_memory_do_not_meet_there(run_ranks, world_si
 def bounded_staging() -> None:
     params = [nn.Parameter(torch.zeros(64, 64)) for _ in range(300)]
     optimizer = ZeroAdam(params, bucket_cap_mb=0.25)
-    assert len(optimizer._buckets) > optimizer_module.IN_FLIGHT
-    memory = {pieces[0].untyped_storage().data_ptr() for b in optimizer._buckets for pieces in b.row_pieces}
-    sizes = {pieces[0].untyped_storage().nbytes() for b in optimizer._buckets for pieces in b.row_pieces}
-    assert len(memory) == optimizer_module.IN_FLIGHT
+    assert len(optimizer._plan.buckets) > STAGING_SLOTS
+    memory = {b.packing.rows.memory.untyped_storage().data_ptr() for b in optimizer._plan.buckets}
+    sizes = {b.packing.rows.memory.untyped_storage().nbytes() for b in optimizer._plan.buckets}
+    assert len(memory) == STAGING_SLOTS
     assert max(sizes) <= 2**18
 
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-import zeroadam.update
+import zeroadam.update.adam
 from zeroadam import ZeroAdam, ZeroAdamW, checkpoint, reduce_scatter_hook
-from zeroadam.precision import block_numel, dequantize, quantize, round_stochastically
+from zeroadam.options import block_numel
+from zeroadam.update.rounding import dequantize, quantize, round_stochastically
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-6, "fused": False}
 STATES = {"bfloat16": torch.bfloat16, "8bit": torch.uint8}
@@ -124,7 +125,7 @@ def compare(optimizer: ZeroAdam, params: list[nn.Parameter], plain: torch.optim.
 
 
 def train(cls: type[ZeroAdam], options: dict[str, Any], state: str, way: str | None) -> None:
-    zeroadam.update.BLOCK_NUMEL = 2**14  # less than a piece
+    zeroadam.update.adam.BLOCK_NUMEL = 2**14  # less than a piece
     params = params_of(way)
     copies = float_copies(params)
     kept = {"state_dtype": STATES[state], **(WAYS[way] if way else {})}
@@ -272,14 +273,14 @@ def wrong_arguments() -> None:
         ZeroAdamW(params, state_dtype=torch.float16)
     with pytest.raises(RuntimeError, match=r"disagree on state_dtype: torch.bfloat16 on rank 0; None on rank 1"):
         ZeroAdamW(params, state_dtype=torch.bfloat16 if dist.get_rank() == 0 else None)
-    zeroadam.precision.bitsandbytes.cache_clear()
+    zeroadam.options.bitsandbytes.cache_clear()
     sys.modules["bitsandbytes.functional"] = None  # type: ignore[assignment]  # as if it were not installed
     with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'zeroadam\[8bit\]'"):
         ZeroAdamW(params, state_dtype=torch.uint8)
 
 
 def divided_blocks() -> None:
-    zeroadam.precision.WORLD_SIZES = (1, 2, 4)  # type: ignore[assignment]
+    zeroadam.options.WORLD_SIZES = (1, 2, 4)  # type: ignore[assignment]
     with pytest.raises(
         ValueError, match=r"on 3 ranks would cut the rows of a parameter of shape \(64, 256\).* \(1, 2, 4\)"
     ):

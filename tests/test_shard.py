@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
-from zeroadam.shard import shard, shard_dim, shard_range
+from zeroadam.layout.shard import shard, shard_dim, shard_range
 
 shapes = st.lists(st.integers(0, 12), max_size=4).map(tuple)
 world_sizes = st.integers(1, 64)

@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook, shared_memory
-from zeroadam.shared_memory import open_shared_memory
+from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
+from zeroadam.layout.rows import Rows
+from zeroadam.transport import shared_memory
+from zeroadam.transport.shared_memory import SharedMemory, open_shared_memory
 
 HOOKS = {"none": None, "float32": reduce_scatter_hook, "bfloat16": bf16_reduce_scatter_hook}
 
@@ -28,7 +31,7 @@ def small_slots() -> None:
 
 
 def maps() -> list[str]:
-    """Of this process, those that are regions of a road."""
+    """Of this process, those that are shared regions."""
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if "zeroadam-" in line]
 
 
@@ -43,25 +46,38 @@ def descriptors() -> list[str]:
     return [target for target in found if "zeroadam-" in target]
 
 
+def rows_of(given: Iterable[Tensor]) -> Rows:
+    """Rows of any length, in memory of their own."""
+    rows = list(given)
+    pitch = max(row.numel() for row in rows)
+    memory = torch.zeros(len(rows), pitch, dtype=rows[0].dtype)
+    for place, row in zip(memory, rows, strict=True):
+        place[: row.numel()] = row
+    return Rows(memory.view(-1), pitch, [row.numel() for row in rows])
+
+
+def transport_of(optimizer: ZeroAdamW) -> Any:
+    return optimizer._transports.of("cpu")
+
+
 def exchange(numels: list[int]) -> None:
     small_slots()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    road = open_shared_memory(dist.group.WORLD)
-    assert road is not None
+    transport = open_shared_memory(dist.group.WORLD)
+    assert transport is not None
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         every = [[torch.randn(n, generator=generator).to(dtype) for n in numels] for _ in range(3 * world_size)]
         gathers = []
         for shift in range(3):  # several under way at once
-            rows = [row.clone() if r == rank else torch.full_like(row, -1) for r, row in enumerate(every[shift])]
-            gathers.append((rows, road.all_gather([rows])))
-        for shift, (rows, wait) in enumerate(gathers):
+            rows = rows_of(row if r == rank else torch.full_like(row, -1) for r, row in enumerate(every[shift]))
+            gathers.append((rows, transport.prepare_gather([rows])()))
+        for shift, (rows, (wait,)) in enumerate(gathers):
             wait()
             assert all(torch.equal(row, expected) for row, expected in zip(rows, every[shift], strict=True))
         sums = []
         for shift in range(3):
-            mine = [row.clone() for row in every[shift * world_size + rank]]
-            sums.append(road.reduce_scatter([mine]))
+            sums.append(transport.prepare_reduce([rows_of(every[shift * world_size + rank])], [[]])())
         for shift, finish in enumerate(sums):
             total = every[shift * world_size][rank]
             total = total.float() if dtype == torch.bfloat16 else total.clone()
@@ -95,7 +111,7 @@ def train(hook: str, dtype: torch.dtype) -> list[Tensor]:
         found += [p.grad.clone() for p in model.parameters()]
         optimizer.step()
         optimizer.zero_grad()
-    assert (optimizer.shared is None) == (os.environ.get("ZEROADAM_SHARED_MEMORY") == "0")
+    assert (not isinstance(transport_of(optimizer), SharedMemory)) == (os.environ.get("ZEROADAM_SHARED_MEMORY") == "0")
     return found + [p.detach().clone() for p in model.parameters()]
 
 
@@ -116,7 +132,7 @@ def on_sockets(function: Any, *args: Any) -> Any:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hook", HOOKS)
-def test_both_roads_give_the_same_bits(run_ranks, hook: str, dtype: torch.dtype, world_size: int) -> None:
+def test_both_transports_give_the_same_bits(run_ranks, hook: str, dtype: torch.dtype, world_size: int) -> None:
     shared = run_ranks(train, world_size, hook, dtype)
     sockets = run_ranks(on_sockets, world_size, train, hook, dtype)
     for mine, its in zip(shared, sockets, strict=True):
@@ -152,7 +168,7 @@ def falls_back(how: str) -> tuple[list[str], list[Tensor]]:
             shared_memory.os.readlink = refuse
     params = [nn.Parameter(torch.ones(30, 40))]
     optimizer = ZeroAdamW(params)
-    assert optimizer.shared is None
+    assert not isinstance(transport_of(optimizer), SharedMemory)
     assert maps() == []
     params[0].grad = torch.ones(30, 40)
     optimizer.step()
@@ -229,12 +245,12 @@ def waits_in_vain(why: str, folder: str) -> None:
     optimizer = ZeroAdamW(params)
     params[0].grad = torch.ones(30, 40)
     dist.barrier()
-    assert optimizer.shared is not None
+    assert isinstance(transport_of(optimizer), SharedMemory)
     if dist.get_rank() == 1:
         if why == "has ended":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(2)
-    optimizer.shared.timeout = 0.5
+    transport_of(optimizer).timeout = 0.5
     with pytest.raises(RuntimeError, match=f"rank 1 of the process group {why}"):
         optimizer.step()
     Path(folder, "raised").touch()

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from zeroadam.master import join, split
-from zeroadam.update import Piece, update
+from zeroadam.update.adam import Scratch, Update
+from zeroadam.update.master import join, split
+from zeroadam.update.piece import Piece
 
 pytest.importorskip("triton", reason="Triton is not installed")
 CUDA = torch.cuda.is_available()
@@ -36,9 +37,9 @@ def kernel() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         if not CUDA:
             patch.setenv("TRITON_INTERPRET", "1")  # read where the kernel is defined, and where it is called
-        import zeroadam.triton_update
+        import zeroadam.update.adam_triton
 
-        yield zeroadam.triton_update
+        yield zeroadam.update.adam_triton
 
 
 def pieces_of(dtype: torch.dtype, kept: str, moments: torch.dtype, amsgrad: bool) -> list[Piece]:
@@ -79,6 +80,10 @@ def on_device(pieces: list[Piece]) -> list[Piece]:
     ]
 
 
+def step_on_cpu(pieces: list[Piece], group: dict[str, Any]) -> None:
+    Update(pieces, group, Scratch(2**14, torch.device("cpu"))).step(group)
+
+
 def weight_of(piece: Piece) -> Tensor:
     if "remainder" in piece.state:
         return join(piece.param, piece.state["remainder"], torch.empty_like(piece.param, dtype=torch.int32))
@@ -114,7 +119,7 @@ def test_the_kernel_does_what_the_cpu_does(
     found = on_device(expected)
     assert all(kernel.fits(piece, group) for piece in found)
     for _ in range(3):
-        update(expected, group)
+        step_on_cpu(expected, group)
         kernel.update(found, group)
     dtype, kept, moments = case
     # A few roundings of the dtype in which Adam runs; where a sum nearly cancels, they count against its terms.
@@ -147,7 +152,7 @@ def test_stochastic_rounding_is_that_of_the_cpu(kernel) -> None:
     state = {"step": torch.tensor(3.0), "exp_avg": moment, "exp_avg_sq": moment.clone()}
     pieces = [Piece(torch.zeros(5000), grad, 1, state, torch.float32)]
     found = on_device(pieces)
-    update(pieces, group)
+    step_on_cpu(pieces, group)
     kernel.update(found, group)
     rounded = 0
     for name in ("exp_avg", "exp_avg_sq"):
@@ -186,7 +191,7 @@ import itertools, sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from zeroadam.triton_update import _kernel
+from zeroadam.update.adam_triton import _kernel
 
 pointers = {"table": "*i64", "blocks": "*i32", "scalars": "*fp32"}
 floats = dict.fromkeys(["beta1", "beta2", "rest1", "rest2", "eps", "weight_decay"], "fp32")

@@ -8,16 +8,17 @@ import test_optimizer
 import torch
 from torch import nn
 
-import zeroadam.update
+import zeroadam.update.adam
 from zeroadam import ZeroAdamW
-from zeroadam.update import Piece, update
+from zeroadam.update.adam import Scratch, Update
+from zeroadam.update.piece import Piece
 
 # Far less than a piece, and no divisor of any.
 SMALL_BLOCK = 1000
 
 
 def small_blocks(cls: type, options: dict[str, Any], way: str | None) -> None:
-    zeroadam.update.BLOCK_NUMEL = SMALL_BLOCK
+    zeroadam.update.adam.BLOCK_NUMEL = SMALL_BLOCK
     if way is None:
         test_optimizer.train_both(cls, options)
     else:
@@ -37,7 +38,7 @@ def test_the_fused_kernel_rounds_alike_in_blocks(dtype: torch.dtype) -> None:
     """Blocks of whole vector registers: to the bit. The step is counted once, and the gradients stay."""
     found = []
     for block in (2**10, 2**30):
-        zeroadam.update.BLOCK_NUMEL, before = block, zeroadam.update.BLOCK_NUMEL
+        zeroadam.update.adam.BLOCK_NUMEL, before = block, zeroadam.update.adam.BLOCK_NUMEL
         try:
             torch.manual_seed(0)
             numels = [5000, 3, 2**10, 1, 4096]
@@ -50,14 +51,14 @@ def test_the_fused_kernel_rounds_alike_in_blocks(dtype: torch.dtype) -> None:
                 pieces.append(Piece(p.detach(), torch.randn(p.shape).to(dtype), 3, state, dtype))
             grads = [piece.grad.clone() for piece in pieces]
             if block == 2**10:
-                update(pieces, plain.param_groups[0])
+                Update(pieces, plain.param_groups[0], Scratch(2**12, torch.device("cpu"))).step(plain.param_groups[0])
             else:  # without room, which would be of that size
                 for p, piece in zip(params, pieces, strict=True):
                     p.grad = piece.grad / 3
                     plain.state[p] = piece.state
                 plain.step()
         finally:
-            zeroadam.update.BLOCK_NUMEL = before
+            zeroadam.update.adam.BLOCK_NUMEL = before
         assert all(torch.equal(piece.grad, grad) for piece, grad in zip(pieces, grads, strict=True))
         assert [float(piece.state["step"]) for piece in pieces] == [5.0] * len(numels)
         found.append([(piece.param, piece.state["exp_avg"], piece.state["exp_avg_sq"]) for piece in pieces])

@@ -1,9 +1,9 @@
-"""Adam for PyTorch data parallelism with its state cut across the ranks (ZeRO stage 1)."""
+"""Adam for PyTorch data parallelism with its state sharded over the ranks (ZeRO stage 1)."""
 
-from zeroadam.comm_hook import bf16_reduce_scatter_hook, reduce_scatter_hook
-from zeroadam.grad_scaler import GradScaler
-from zeroadam.memory import plan
+from zeroadam.memory_plan import plan
 from zeroadam.optimizer import ZeroAdam, ZeroAdamW
+from zeroadam.reduce.grad_scaler import GradScaler
+from zeroadam.reduce.hook import bf16_reduce_scatter_hook, reduce_scatter_hook
 from zeroadam.report import StepReport
 
 __all__ = [

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
-from zeroadam.agree import Manifest, check_ranks_agree, joined_group
-from zeroadam.master import MASTERS
+from zeroadam.state.agreement import Manifest, check_ranks_agree, joined_group
+from zeroadam.update.master import MASTERS
 
 
 def load(

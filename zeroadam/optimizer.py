@@ -1,36 +1,42 @@
-"""Adam and AdamW with their state cut across the ranks. Read `step` first."""
+"""Adam and AdamW with their state sharded over the ranks. Read `step` first."""
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+import copy
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, NoReturn, cast, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms import Join, Joinable, JoinHook
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
-from zeroadam.agree import Manifest, check_ranks_agree, check_supported, describe_groups, joined_group
-from zeroadam.bucket import IN_FLIGHT, Bucket, make_buckets, share_staging
-from zeroadam.clip import clip_grad_norm_
-from zeroadam.collectives import all_gather, is_gloo
-from zeroadam.comm_hook import Reduction
-from zeroadam.forward_gather import ForwardGather, Gather
-from zeroadam.guard import mark_held, summed_over
-from zeroadam.join import StepAlong, refuse_in_join
-from zeroadam.precision import Precision, bitsandbytes, check_blocks, compute_dtype, precision
+from zeroadam.gather.gathers import Gathers
+from zeroadam.gather.in_forward import ForwardGather
+from zeroadam.options import Options
+from zeroadam.reduce.clip import clip_grad_norm_
+from zeroadam.reduce.grad_scaler import refuse_torch_scaler
+from zeroadam.reduce.hook import Reduction
+from zeroadam.reduce.join import StepAlong, refuse_in_join
+from zeroadam.reduce.ownership import register
 from zeroadam.report import Meter, StepReport
-from zeroadam.shard import shard
-from zeroadam.shared_memory import open_shared_memory
-from zeroadam.state import choose_kernel, new_state
-from zeroadam.state_dict import Kept, Loading, ShardedState, describe_state, empty_state, gather_state, prepare_loading
-from zeroadam.update import STATE, Piece, update
+from zeroadam.state.agreement import Manifest, check_ranks_agree, check_supported, describe_groups, joined_group
+from zeroadam.state.state_dict import (
+    Loaded,
+    Loading,
+    describe_state,
+    empty_state,
+    gather_state,
+    prepare_loading,
+    without_the_others,
+)
+from zeroadam.state.storage import Storage, choose_kernel
+from zeroadam.step_plan import StepPlan
+from zeroadam.transport import Transports
 
 
 class ZeroAdam(torch.optim.Adam, Joinable):
-    """`torch.optim.Adam` that keeps 1/W of its state on each of W ranks: ZeRO stage 1 (arXiv:1910.02054).
+    """`torch.optim.Adam` that shards its state over W ranks, 1/W on each: ZeRO stage 1 (arXiv:1910.02054).
 
     Every rank has all parameters p [d0, ...] and their averaged gradients, from DistributedDataParallel or otherwise,
     and owns a piece [c, ...] of each, c = ceil(d0 / W) (see `zeroadam.shard`). A step is
@@ -86,20 +92,11 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     ) -> None:
         self.process_group = joined_group(process_group)
         self.rank, self.world_size = self.process_group.rank(), self.process_group.size()
-        self.bucket_cap_mb = bucket_cap_mb
-        self.master_dtype, self.store_param_remainders = master_dtype, store_param_remainders
-        self.state_dtype = state_dtype
-        self._meshes: dict[str, DeviceMesh] = {}
+        options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype)
+        self._storage = Storage(self.process_group, options)
 
         def build() -> Manifest:
-            if master_dtype not in (None, torch.float32):
-                raise ValueError(f"master_dtype is torch.float32 or None, not {master_dtype}")
-            if store_param_remainders and master_dtype is None:
-                raise ValueError("store_param_remainders=True needs master_dtype=torch.float32")
-            if state_dtype not in (None, torch.bfloat16, torch.uint8):
-                raise ValueError(f"state_dtype is torch.bfloat16, torch.uint8 or None, not {state_dtype}")
-            if state_dtype == torch.uint8:
-                bitsandbytes()
+            options.check()
             super(ZeroAdam, self).__init__(
                 params,
                 lr,
@@ -114,26 +111,23 @@ class ZeroAdam(torch.optim.Adam, Joinable):
                 fused=fused,
                 decoupled_weight_decay=decoupled_weight_decay,
             )
-            return {
-                "master_dtype": str(master_dtype),
-                "store_param_remainders": str(store_param_remainders),
-                "state_dtype": str(state_dtype),
-            } | describe_groups(self.param_groups, 0, self.defaults)
+            return options.describe() | describe_groups(self.param_groups, 0, self.defaults)
 
         check_ranks_agree(self.process_group, build)
-        on_cpu = any(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
-        use_shared = on_cpu and self.world_size > 1 and is_gloo(self.process_group, "cpu")
-        self.shared = open_shared_memory(self.process_group) if use_shared else None
-        self._meter = Meter()
-        self.reduction = Reduction(self.process_group, self.shared, self._meter)  # what reduce_scatter_hook works with
         Joinable.__init__(self)
+        self._prepare(Transports(self.process_group))
+        self._plan.follow()
+
+    def _prepare(self, transports: Transports) -> None:
+        """Make everything that is not torch's Adam, for the param groups and states that there are."""
+        self._transports, self._meter = transports, Meter()
+        self.reduction = Reduction(self.process_group, transports, self._meter)  # what reduce_scatter_hook works with
+        self._plan = StepPlan(self, self._storage, transports)
+        self._gathers = Gathers(self._meter)
         # Not even for the fused kernel: GradScaler is to unscale gradients itself and step only if they are finite.
         self._step_supports_amp_scaling = False
-        self._whole_state: dict[Tensor, dict[str, Any]] | None = None  # after consolidate_state_dict, on one rank
-        self._buckets: list[Bucket] = []
-        self._gathers: dict[Tensor, Gather] = {}
-        self._gathered_in_forward: set[Tensor] = set()
-        self._hold(0)
+        self._whole_state: dict[Any, Any] | None = None  # after consolidate_state_dict, on one rank
+        register(self)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -149,65 +143,34 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             closure: computes the loss and its gradients again and returns the loss.
 
         Raises:
-            RuntimeError: a sparse gradient; a parameter cast or moved since the optimizer was built; gradients that
-                something else has changed since `reduce_scatter_hook` summed them. Nothing has been changed then.
+            RuntimeError: a sparse gradient; a parameter cast or moved since its state was made; gradients that
+                something else has changed since `reduce_scatter_hook` summed them; an entry of `state` that is missing
+                or does not fit. Nothing has been changed then.
+            ValueError: param groups with which torch's Adam would fail or that cannot be sharded. Likewise.
         """
-        if hasattr(self, "found_inf"):
-            del self.found_inf, self.grad_scale  # type: ignore[attr-defined]
-            raise RuntimeError(
-                "torch.amp.GradScaler sees the infinities of this rank's gradients only, once reduce_scatter_hook has "
-                "summed them: use zeroadam.GradScaler"
-            )
+        refuse_torch_scaler(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
+        # Phase 0: follow what the user has done to param_groups, state and gradients; refuse what cannot be followed.
         Join.notify_join_context(self)
-        self.finish_gather()  # of parameters that the forward has not used
+        self._gathers.finish()  # of parameters that the forward has not used
         self._whole_state = None
-        self._shard_new_parameters()
-        for bucket in self._buckets:
-            bucket.check()
-        divisors = {p: summed_over(p, self.process_group) for bucket in self._buckets for p in bucket.params}
-        unpacked: deque[Gather] = deque()
-        for bucket in self._buckets:
-            if bucket.packed and len(unpacked) == IN_FLIGHT:
-                unpacked.popleft().finish()
+        self._plan.follow()
+        # Phase 1, bucket by bucket: update this rank's pieces, launch their all-gather.
+        for bucket, updates in zip(self._plan.buckets, self._plan.updates, strict=True):
+            self._gathers.free_staging(bucket)
             with self._meter.phase("update"):
-                self._update(bucket, bucket.pack(), divisors)
-            with self._meter.phase("all_gather"):
-                gathers = self._gather(bucket)
-            for gather in gathers:
-                self._gathers.update(dict.fromkeys(gather.params, gather))
-                if gather.unpack is not None:
-                    unpacked.append(gather)
-        for param in list(self._gathers):
-            if param not in self._gathered_in_forward or self._shares_memory(param):
-                self._gathers.pop(param).finish()
-        self._meter.end_step(self._imbalance())
+                bucket.pack()
+                for index, update in updates:
+                    update.step(self.param_groups[index])
+            self._gathers.start(bucket)
+        # Phase 2: wait for the parameters that the next forward does not wait for.
+        self._gathers.end_step()
+        self._meter.end_step(self._plan.imbalance)
         return loss
-
-    def _gather(self, bucket: Bucket) -> list[Gather]:
-        """Start to gather what has been updated."""
-        self._meter.count(*bucket.bytes_of_gather())
-        unpack = bucket.unpack if bucket.packed else None
-        if self.shared is not None and self._shares_memory(bucket.params[0]):
-            return [Gather(bucket.params, self.shared.all_gather(bucket.rows()), unpack, self._meter)]
-        gathers = []
-        for index, rows in enumerate(bucket.rows()):
-            params = bucket.direct[index : index + 1]
-            wait = all_gather([rows], self.process_group)
-            gathers.append(Gather(params or bucket.packed, wait, None if params else unpack, self._meter))
-        return gathers
-
-    def _shares_memory(self, param: Tensor) -> bool:
-        """Whether it travels through shared memory, for which all ranks have to be at work."""
-        return self.shared is not None and param.device.type == "cpu"
-
-    def _imbalance(self) -> float:
-        held = [sum(numels) for numels in zip(*(bucket.numels for bucket in self._buckets), strict=True)]
-        return self.world_size * max(held) / max(sum(held), 1) if held else 1.0
 
     def report(self) -> StepReport:
         """What the last step cost on this rank: bytes sent and received, seconds, imbalance. No communication.
@@ -233,31 +196,12 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         params = {param for group in self.param_groups for param in group["params"]} & set(model.parameters())
         if not params:
             raise ValueError("gather_in_forward() needs the model whose parameters this optimizer holds")
-        self._gathered_in_forward |= params
-        ForwardGather(self._gathers, self.finish_gather).watch(model)
+        self._gathers.in_forward |= params
+        ForwardGather(self._gathers).watch(model)
 
     def finish_gather(self) -> None:
         """Wait until all parameters are on this rank. Needed after `gather_in_forward` only; see there."""
-        with torch.no_grad():
-            while self._gathers:
-                self._gathers.pop(next(iter(self._gathers))).finish()
-
-    def _update(self, bucket: Bucket, pieces: Sequence[Tensor], divisors: dict[Tensor, int]) -> None:
-        """One step of torch's Adam, in place on `pieces` and their state, [c, ...] each, where there is a gradient."""
-        with_grad: list[Piece] = []
-        for param, piece in zip(bucket.params, pieces, strict=True):
-            if param.grad is None:
-                continue
-            held = self.state[param]
-            if piece.numel() == 0:  # another rank's, but its step counts here too
-                held["step"] += 1
-                continue
-            own = {k: v.to_local() if isinstance(v, DTensor) else v for k, v in held.items() if k in STATE}
-            grad = shard(param.grad, self.world_size, self.rank)
-            with_grad.append(
-                Piece(piece, grad, divisors[param], own, compute_dtype(param, self.master_dtype, self.state_dtype))
-            )
-        update(with_grad, self.param_groups[bucket.group_index])
+        self._gathers.finish()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -272,18 +216,23 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             RuntimeError: the norm is not finite and `error_if_nonfinite` is set; inside `Join`; or see `step`.
         """
         refuse_in_join(self, "clip_grad_norm_()")
-        params = [param for group in self.param_groups for param in group["params"]]
-        return clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite, self.process_group)
+        self._plan.follow()
+        gradients = self._plan.gradients
+        total = clip_grad_norm_(
+            gradients, max_norm, norm_type, error_if_nonfinite, self.process_group, self.join_device
+        )
+        self._plan.accept_changes()
+        return total
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as in `torch.optim.Optimizer`, also in the middle of training. A collective then.
 
         Raises like the constructor, and leaves the optimizer as it was.
         """
-        if not hasattr(self, "_buckets"):  # torch's constructor adds its groups here; ours checks them all at once
+        if not hasattr(self, "_plan"):  # torch's constructor adds its groups here; ours checks them all at once
             self._add_valid(param_group)
             return
-        self.finish_gather()
+        self._gathers.finish()
         before = len(self.param_groups)
 
         def add() -> Manifest:
@@ -292,11 +241,11 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
         try:
             check_ranks_agree(self.process_group, add)
+            self._plan.follow()
         except Exception:
             del self.param_groups[before:]
             raise
         self._whole_state = None
-        self._hold(before)
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """For `torch.distributed.algorithms.Join([model, optimizer])`; needs `reduce_scatter_hook`."""
@@ -314,17 +263,17 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         """As in `torch.optim.Optimizer`: the very tensors of this rank's state. No communication.
 
         For torch.distributed.checkpoint and `load_state_dict`. `torch.save` of it raises, as it would keep 1/W only.
-        On the rank to which `consolidate_state_dict` has gathered the state, it is plain and whole until the next step.
+        On the rank to which `consolidate_state_dict` has gathered the state, it is plain and whole until the next step;
+        on a single rank it always is.
         """
         own = self.state
-        self.state = own if self._whole_state is None else defaultdict(dict, self._whole_state)
+        if self._whole_state is not None:
+            self.state = defaultdict(dict, self._whole_state)
         try:
             state_dict = super().state_dict()
         finally:
             self.state = own
-        if self._whole_state is None:
-            state_dict["state"] = ShardedState(state_dict["state"])
-        return state_dict
+        return state_dict if self._whole_state is not None else without_the_others(state_dict, self.world_size)
 
     @torch.no_grad()
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -341,19 +290,19 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             RuntimeError: rank `to` has too little memory; ranks that disagree on `to`; inside `Join`.
         """
         refuse_in_join(self, "consolidate_state_dict()")
-        self.finish_gather()
+        self._gathers.finish()
         if not 0 <= to < self.world_size:
             raise ValueError(f"there is no rank {to} in a process group of {self.world_size}")
-        whole: dict[Tensor, dict[str, Any]] | None = None
+        whole: dict[Any, Any] | None = None
 
         def allocate() -> Manifest:
             nonlocal whole
-            whole = empty_state(self) if self.rank == to else None
+            whole = empty_state(self, self._storage) if self.rank == to else None
             return {"the rank to gather the state to": str(to), **describe_state(self)}
 
         self._whole_state = None
         check_ranks_agree(self.process_group, allocate)
-        gather_state(self, whole, to)
+        gather_state(self, self._storage, whole, to)
         self._whole_state = whole
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -377,14 +326,14 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
             def prepare() -> Manifest:
                 nonlocal loading
-                loading = prepare_loading(self, adapted)
+                loading = prepare_loading(self, self._storage, adapted)
                 return loading.manifest
 
             check_ranks_agree(self.process_group, prepare)
             assert loading is not None
             return loading.copy()
 
-        self.finish_gather()
+        self._gathers.finish()
         hook = self.register_load_state_dict_pre_hook(take_over)
         try:
             super().load_state_dict(state_dict)
@@ -393,57 +342,34 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._whole_state = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        entries = {param: kept.entry if isinstance(kept, Kept) else kept for param, kept in state["state"].items()}
+        entries = {key: value.entry if isinstance(value, Loaded) else value for key, value in state["state"].items()}
         super().__setstate__({**state, "state": defaultdict(dict, entries)})  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> NoReturn:
         raise RuntimeError(
-            "a sharded optimizer cannot be pickled or copied, as a part of its state is on other ranks: "
-            "build another one and load this one's state_dict()"
+            "a sharded optimizer cannot be pickled, as a part of its state is on other ranks: build another one and "
+            "load this one's state_dict()"
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ZeroAdam":
+        """A copy over the same process group, with copies of the parameters and of this rank's state."""
+        self._gathers.finish()
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.process_group, copied.rank, copied.world_size = self.process_group, self.rank, self.world_size
+        copied._storage = self._storage
+        Joinable.__init__(copied)
+        # As torch's optimizers, which leave hooks behind.
+        kept = {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
+        copied.__setstate__(copy.deepcopy(kept, memo))
+        copied._prepare(self._transports)
+        return copied
 
     def _add_valid(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         check_supported(self.param_groups[-1], len(self.param_groups) - 1)
-        if self.state_dtype == torch.uint8:
-            check_blocks(self.param_groups[-1]["params"], self.world_size)
+        self._storage.options.check_blocks(self.param_groups[-1]["params"], self.world_size)
         choose_kernel(self.param_groups[-1])
-
-    def _hold(self, first: int) -> None:
-        """Take on the param groups from the `first`, which all ranks have agreed on."""
-        for group in self.param_groups[first:]:
-            mark_held(group["params"], self)
-        self._shard_new_parameters()
-
-    def _shard_new_parameters(self) -> None:
-        """Give state and a bucket to parameters without: all at first, later those that were added or unfrozen."""
-        held = {param for bucket in self._buckets for param in bucket.params}
-        for index, group in enumerate(self.param_groups):
-            new = [p for p in group["params"] if p not in held and (p.requires_grad or p.grad is not None)]
-            self._fill_state(new, group)
-            cap_bytes = self.bucket_cap_mb * 2**20
-            self._buckets += make_buckets(new, index, self.rank, self.world_size, cap_bytes, self._equal_rows)
-        if len(held) < sum(len(bucket.params) for bucket in self._buckets):
-            share_staging(self._buckets)
-
-    def _fill_state(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
-        for param in params:
-            if param not in self.state:
-                self.state[param] = new_state(param, group, self.mesh(param), self.precision(param))
-
-    def _equal_rows(self, param: Tensor) -> bool:
-        return not is_gloo(self.process_group, param.device.type)
-
-    def precision(self, param: Tensor) -> Precision:
-        """In what the state of a parameter is kept."""
-        return precision(param, self.master_dtype, self.store_param_remainders, self.state_dtype)
-
-    def mesh(self, param: Tensor) -> DeviceMesh:
-        """The ranks of the process group, for DTensors where the parameter is."""
-        kind = param.device.type
-        if kind not in self._meshes:
-            self._meshes[kind] = DeviceMesh.from_group(self.process_group, kind)
-        return self._meshes[kind]
 
 
 class ZeroAdamW(ZeroAdam):

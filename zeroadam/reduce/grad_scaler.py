@@ -5,9 +5,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zeroadam.guard import accept_changes, summed_over
-from zeroadam.join import refuse_in_join
-from zeroadam.optimizer import ZeroAdam
+from zeroadam.reduce.join import refuse_in_join
+from zeroadam.reduce.ownership import Owner
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -20,22 +19,20 @@ class GradScaler(torch.amp.GradScaler):
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the scale, and agree with the other ranks of the optimizer's group on infinities."""
-        if not self.is_enabled() or not isinstance(optimizer, ZeroAdam):
+        if not self.is_enabled() or not isinstance(optimizer, Owner):
             super().unscale_(optimizer)
             return
         refuse_in_join(optimizer, "zeroadam.GradScaler")
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        for param in params:
-            summed_over(param, optimizer.process_group)  # raises if something else has changed the gradients
+        optimizer._plan.follow()  # raises if something else has changed the gradients
         super().unscale_(optimizer)
         found: dict[torch.device, torch.Tensor] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
         for found_inf in found.values():
             dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=optimizer.process_group)
-        accept_changes(params)
+        optimizer._plan.accept_changes()
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """`optimizer.step()` unless a gradient of any rank is infinite or nan, then nothing on any rank."""
-        if not isinstance(optimizer, ZeroAdam):
+        if not isinstance(optimizer, Owner):
             return super().step(optimizer, *args, **kwargs)
         supports = optimizer._step_supports_amp_scaling
         optimizer._step_supports_amp_scaling = False  # step() refuses other scalers when the hook has been used
@@ -43,3 +40,13 @@ class GradScaler(torch.amp.GradScaler):
             return super().step(optimizer, *args, **kwargs)
         finally:
             optimizer._step_supports_amp_scaling = supports
+
+
+def refuse_torch_scaler(optimizer: Any) -> None:
+    """Raise RuntimeError if torch.amp.GradScaler has left unscaling to `optimizer.step()`, as it may with a hook."""
+    if hasattr(optimizer, "found_inf"):
+        del optimizer.found_inf, optimizer.grad_scale
+        raise RuntimeError(
+            "torch.amp.GradScaler sees the infinities of this rank's gradients only, once reduce_scatter_hook has "
+            "summed them: use zeroadam.GradScaler"
+        )

@@ -6,42 +6,22 @@ called every time, as they wait themselves. Modules behave otherwise in training
 each of these has a first time of its own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zeroadam._compat import current_graph_task_id
+from zeroadam.gather.gathers import Gathers
 from zeroadam.report import Meter
 
 
-class Gather:
-    """Parameters [d0, ...] of which the other ranks' pieces are on their way; `finish` may be called again."""
-
-    def __init__(
-        self, params: Sequence[Tensor], wait: Callable[[], None], unpack: Callable[[], None] | None, meter: Meter
-    ) -> None:
-        self.params, self.wait, self.unpack, self.meter, self.done = params, wait, unpack, meter, False
-
-    def finish(self) -> None:
-        if not self.done:
-            self.done = True
-            with self.meter.phase("all_gather"):
-                self.wait()
-                if self.unpack is not None:
-                    self.unpack()
-
-
 class ForwardGather:
-    """Hooks on all modules of a model that finish gathers before something reads their parameters.
+    """Hooks on all modules of a model that finish gathers before something reads their parameters."""
 
-    Args:
-        gathers: the gather of each parameter that is on its way.
-        finish_all: finishes all of them.
-    """
-
-    def __init__(self, gathers: dict[Tensor, Gather], finish_all: Callable[[], None]) -> None:
-        self.gathers, self.finish_all = gathers, finish_all
+    def __init__(self, gathers: Gathers) -> None:
+        self.gathers = gathers
         # The modules whose forward is running, outermost first, and what each has called so far.
         self.running: list[tuple[nn.Module, set[nn.Module]]] = []
         self.called: dict[tuple[Any, ...], set[nn.Module]] = {}  # every time so far
@@ -61,11 +41,9 @@ class ForwardGather:
         if self.running:
             self.running[-1][1].add(module)
         self.running.append((module, set()))
-        if self.gathers:
+        if self.gathers.waiting:
             reads = self.reads.get(_key(module))
-            for param in module.parameters() if reads is None else reads:
-                if (gather := self.gathers.pop(param, None)) is not None:
-                    gather.finish()
+            self.gathers.finish_of(module.parameters() if reads is None else reads)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
@@ -78,13 +56,13 @@ class ForwardGather:
             self.reads[key] = list(_parameters(module, self.called[key]))
 
     def before_state_dict(self, *args: Any) -> None:  # noqa: ARG002
-        self.finish_all()
+        self.gathers.finish()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ForwardGather":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:  # a model that is pickled goes without
-        return ForwardGather, ({}, dict)
+        return ForwardGather, (Gathers(Meter()),)
 
 
 def _key(module: nn.Module) -> tuple[Any, ...]:
@@ -100,4 +78,4 @@ def _parameters(module: nn.Module, without: set[nn.Module]) -> Iterator[Tensor]:
 
 
 def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    return current_graph_task_id() != -1

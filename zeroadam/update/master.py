@@ -1,7 +1,8 @@
 """Master weights: Adam runs on float32 copies of bfloat16 and float16 parameters, which get the rounded result.
 
-A copy may be stored whole, as "master", or for bfloat16 as "remainder": the 16 bits that the parameter itself does not
-hold. Either follows the parameter, whoever changes it: an element that is no longer the rounded master becomes it.
+A copy is stored whole, as "master", or for bfloat16 as "remainder": the 16 bits that the parameter itself does not
+hold. Both follow the parameter, whoever changes it: where an element is no longer the rounded master, the master takes
+its value.
 """
 
 import math
@@ -12,20 +13,24 @@ from torch import Tensor
 
 MASTERS = ("master", "remainder")
 
+Views = list[Tensor]
 
-def follow(master: Tensor, param: Tensor, rounded: Tensor) -> Tensor:
-    """Give the master [c, ...] float32, in place, the value of the parameter wherever that is not its rounded one.
 
-    rounded: room for a tensor like the parameter.
+def follow(masters: Views, params: Views, rounded: tuple[Tensor, Views], current: tuple[Tensor, Views]) -> None:
+    """Set masters, float32 [c, ...] each, to the value of the parameter wherever that is not the rounded master.
+
+    rounded, current: scratch memory in the dtype of the parameters, [n] for all of them and its views [c, ...].
     """
-    if param.device.type == "cpu":  # elsewhere, looking would mean waiting
-        bits = rounded.copy_(master).view(torch.int16)
-        if not any(torch.bitwise_xor(bits, param.view(torch.int16), out=bits).aminmax()):
-            return master
-    return master.copy_(torch.where(rounded.copy_(master) == param, master, param.float()))
+    if rounded[0].device.type == "cpu":  # elsewhere, looking would mean waiting
+        torch._foreach_copy_(rounded[1], masters)
+        torch._foreach_copy_(current[1], params)
+        if torch.equal(rounded[0].view(torch.int16), current[0].view(torch.int16)):
+            return
+    for master, param in zip(masters, params, strict=True):
+        master.copy_(torch.where(master.to(param.dtype) == param, master, param.float()))
 
 
-def split(master: Tensor, param: Tensor, remainder: Tensor, room: Tensor) -> None:
+def split(master: Tensor, param: Tensor, remainder: Tensor, scratch: Tensor) -> None:
     """Store float32 [c, ...] as the nearest bfloat16, in `param`, and 16 more bits, in `remainder`, to the last bit.
 
     These are an integer, but called bfloat16 too, since neither gloo nor NCCL knows a 16-bit integer.
@@ -34,11 +39,11 @@ def split(master: Tensor, param: Tensor, remainder: Tensor, room: Tensor) -> Non
     would be 2^16 + 1 numbers that round to the same even bfloat16, one too many for the remainder. A number that rounds
     to infinity keeps its remainder and comes back; of a NaN only that it is one is kept.
 
-    room: for an int32 [c, ...].
+    scratch: an int32 [c, ...].
     """
     bits = quiet(master).view(torch.int32)
     remainder.view(torch.int16).copy_(bits)  # the lower half, which is a negative number where it rounds up
-    param.view(torch.int16).copy_(torch.add(bits, 0x8000, out=room).bitwise_right_shift_(16))
+    param.view(torch.int16).copy_(torch.add(bits, 0x8000, out=scratch).bitwise_right_shift_(16))
 
 
 def quiet(number: Tensor) -> Tensor:
@@ -48,10 +53,10 @@ def quiet(number: Tensor) -> Tensor:
     return torch.where(number.isnan(), torch.nan, number)
 
 
-def join(param: Tensor, remainder: Tensor, room: Tensor) -> Tensor:
-    """What was split: twice bfloat16 [c, ...] -> float32 [c, ...], in the memory of `room`, int32 [c, ...]."""
-    room.copy_(param.view(torch.int16))
-    return room.bitwise_left_shift_(16).add_(remainder.view(torch.int16)).view(torch.float32)
+def join(param: Tensor, remainder: Tensor, scratch: Tensor) -> Tensor:
+    """What was split: twice bfloat16 [c, ...] -> float32 [c, ...], in the memory of `scratch`, int32 [c, ...]."""
+    scratch.copy_(param.view(torch.int16))
+    return scratch.bitwise_left_shift_(16).add_(remainder.view(torch.int16)).view(torch.float32)
 
 
 def convert(given: Mapping[str, Tensor], key: str, param: Tensor) -> Tensor:
@@ -59,8 +64,8 @@ def convert(given: Mapping[str, Tensor], key: str, param: Tensor) -> Tensor:
     if key in given:
         return given[key]
     if key == "master":
-        room = torch.empty_like(param, dtype=torch.int32)
-        return join(param, given["remainder"], room) if "remainder" in given else param.float()
+        scratch = torch.empty_like(param, dtype=torch.int32)
+        return join(param, given["remainder"], scratch) if "remainder" in given else param.float()
     remainder, rounded = torch.zeros_like(param), torch.empty_like(param)
     if "master" in given:
         split(given["master"], rounded, remainder, torch.empty_like(param, dtype=torch.int32))

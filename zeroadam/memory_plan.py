@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from zeroadam.bucket import Bucket, make_buckets, staging_bytes
-from zeroadam.comm_hook import bf16_reduce_scatter_hook
-from zeroadam.master import MASTERS
-from zeroadam.precision import check_blocks, layout, precision
-from zeroadam.shard import shard
-from zeroadam.state import state_names
+from zeroadam.gather.param_bucket import make_buckets, staging_bytes
+from zeroadam.layout.shard import shard
+from zeroadam.options import Options
+from zeroadam.reduce.hook import bf16_reduce_scatter_hook
+from zeroadam.state.storage import layout, state_names
+from zeroadam.transport import row_rules
+from zeroadam.update.master import MASTERS
 
 
 @dataclass(frozen=True)
@@ -68,23 +69,22 @@ def plan(
     groups = _groups(params)
     every = [param for group in groups for param in group]
     trained = [param for param in every if param.requires_grad]
-    if state_dtype == torch.uint8:
-        check_blocks(trained, world_size)
+    options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype)
+    options.check_blocks(trained, world_size)
     layouts = [
-        (name in MASTERS, layout(param, name, kept))
+        (name in MASTERS, layout(param, name, precision))
         for param in trained
-        for kept in [precision(param, master_dtype, store_param_remainders, state_dtype)]
-        for name in state_names(amsgrad, kept)
+        for precision in [options.precision(param)]
+        for name in state_names(amsgrad, precision)
     ]
-    buckets: list[Bucket] = []
-    for index, group in enumerate(groups):
-        own_trained = [param for param in group if param.requires_grad]
-        buckets += make_buckets(own_trained, index, 0, world_size, bucket_cap_mb * 2**20, lambda _: backend != "gloo")
+    rules = row_rules(backend, world_size)
+    buckets = make_buckets(trained, 0, world_size, bucket_cap_mb * 2**20, lambda _: rules)
     gradients = sum(param.nbytes for param in trained)
     ranks = []
     for rank in range(world_size):
         pieces = [shard(param, world_size, rank) for param in trained]
         own = sum(piece.nbytes for piece in pieces)
+        gathered = sum(piece.nbytes for piece in pieces if piece.dim() > 0)  # all ranks update the others alike
         if hook is None:
             reduced = 2 * (world_size - 1) * gradients // world_size
         elif hook is bf16_reduce_scatter_hook:
@@ -100,7 +100,7 @@ def plan(
                 master=sum(size for is_master, size in held if is_master),
                 steps=4 * len(trained),
                 staging=staging_bytes(buckets),
-                sent=reduced + (world_size - 1) * own,
+                sent=reduced + (world_size - 1) * gathered,
             )
         )
     return ranks
@@ -119,13 +119,14 @@ def whole_tensors(
 
     It gives the largest parameters away first, each to the rank with the fewest elements so far, group by group.
     """
+    options = Options(25, master_dtype, store_param_remainders, state_dtype)
     numels, held = [0] * world_size, [0] * world_size
     for group in _groups(params):
         for param in sorted(group, key=Tensor.numel, reverse=True):
             rank = numels.index(min(numels))
             numels[rank] += param.numel()
-            kept = precision(param, master_dtype, store_param_remainders, state_dtype)
-            held[rank] += 4 + sum(layout(param, name, kept).nbytes for name in state_names(amsgrad, kept))
+            precision = options.precision(param)
+            held[rank] += 4 + sum(layout(param, name, precision).nbytes for name in state_names(amsgrad, precision))
     return held
 
 

@@ -1,26 +1,25 @@
-"""What `state_dict()` gives away and what `load_state_dict()` takes in.
+"""What `state_dict()` gives and what `load_state_dict()` takes.
 
-A rank's own state is 1/W of the optimizer's. Where this could be taken for the whole, there is an error; what is
-loaded is looked at to the end before any of it is copied, into the memory that the state has already.
+A rank's own state is 1/W of the optimizer's. Saving it as if it were the whole is an error. What is loaded is checked
+to the end before any of it is copied, into the memory that the state has already.
 """
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import Optimizer
 
-from zeroadam.agree import Manifest, check_supported, describe_hyperparameters, named
-from zeroadam.collectives import gather
-from zeroadam.master import MASTERS, convert
-from zeroadam.precision import CODES, SCALES, Precision, convert_moment, dequantize_entry, layout
-from zeroadam.shard import shard
-from zeroadam.state import choose_kernel, moments, new_state, new_step, new_tensor, placements_of
-
-if TYPE_CHECKING:
-    from zeroadam.optimizer import ZeroAdam
+from zeroadam.layout.shard import shard
+from zeroadam.options import Precision
+from zeroadam.state.agreement import Manifest, check_supported, describe_hyperparameters, named
+from zeroadam.state.storage import Storage, choose_kernel, convert_moment, layout, moments, new_step, placements_of
+from zeroadam.transport.gloo import gather_to
+from zeroadam.update.master import MASTERS, convert
+from zeroadam.update.rounding import CODES, SCALES, dequantize_entry
 
 # What a param group of a torch.optim.Adam has had from its first version on.
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
@@ -45,16 +44,29 @@ class ShardedState(dict[Any, Any]):
         return ShardedState((key, copy.deepcopy(value, memo)) for key, value in self.items())
 
 
+def without_the_others(state_dict: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """The state dict of one of W ranks, which is not for `torch.save`; of a single rank it is whole, and plain."""
+    if world_size > 1:
+        return {**state_dict, "state": ShardedState(state_dict["state"])}
+    return {**state_dict, "state": {key: _plain(value) for key, value in state_dict["state"].items()}}
+
+
+def _plain(entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return entry
+    return {key: value.to_local() if isinstance(value, DTensor) else value for key, value in entry.items()}
+
+
 @dataclass
-class Kept:
-    """The state of a parameter on its way through torch's load_state_dict, which would cast it to the dtype of that."""
+class Loaded:
+    """A parameter's state on its way through torch's load_state_dict, which would cast it to the parameter's dtype."""
 
     entry: dict[str, Any]
 
 
 @dataclass
 class Loading:
-    """A state dict that has been found fit for an optimizer, and has changed nothing yet."""
+    """A state dict that has been checked against an optimizer, and has changed nothing yet."""
 
     state_dict: dict[str, Any]  # with the optimizer's own tensors for values
     copies: list[tuple[Tensor, Tensor]]  # into them
@@ -62,7 +74,7 @@ class Loading:
 
     @torch.no_grad()
     def copy(self) -> dict[str, Any]:
-        """Do it."""
+        """Copy everything into the optimizer's own tensors; returns the dict of these."""
         # Entries may have been exchanged: what is another's target has to be kept as it is now.
         addresses = {target.data_ptr() for target, _ in self.copies}
         for index, (target, source) in enumerate(self.copies):
@@ -73,7 +85,7 @@ class Loading:
         return self.state_dict
 
 
-def prepare_loading(optimizer: "ZeroAdam", state_dict: dict[str, Any]) -> Loading:
+def prepare_loading(optimizer: Optimizer, storage: Storage, state_dict: dict[str, Any]) -> Loading:
     """Compare a state dict, with DTensors or full tensors [d0, ...], with what the optimizer holds.
 
     Raises:
@@ -96,18 +108,22 @@ def prepare_loading(optimizer: "ZeroAdam", state_dict: dict[str, Any]) -> Loadin
             if not entry and not held:  # frozen
                 continue
             try:
-                loaded = _loaded_entry(optimizer, param, group, entry, held, loading.copies)
+                loaded = _loaded_entry(storage, param, group, entry, held, loading.copies)
             except ValueError as error:
                 raise ValueError(f"the state of {name} does not fit: {error}") from None
-            loading.state_dict["state"][key] = Kept(loaded)
+            loading.state_dict["state"][key] = Loaded(loaded)
             step = float(loaded["step"])
             loading.manifest[f"the state of {name}"] = f"{'of' if entry else 'none, as before'} step {step:.0f}"
-    if unknown := set(state_dict["state"]) - known:
-        raise ValueError(f"the state dict has state of {sorted(map(str, unknown))[0]}, which is in none of its groups")
+    for key, value in state_dict["state"].items():
+        if key in known:
+            continue
+        if isinstance(value, dict) and type(key) in set(map(type, known)):
+            raise ValueError(f"the state dict has state of {key}, which is in none of its groups")
+        loading.state_dict["state"][key] = value  # somebody's own, which torch keeps as well
     return loading
 
 
-def _merged_group(saved: dict[str, Any], own: dict[str, Any], index: int, optimizer: "ZeroAdam") -> dict[str, Any]:
+def _merged_group(saved: dict[str, Any], own: dict[str, Any], index: int, optimizer: Optimizer) -> dict[str, Any]:
     """A loaded param group over this optimizer's parameters; what older versions of torch do not save stays ours."""
     if len(saved["params"]) != len(own["params"]):
         raise ValueError(
@@ -121,7 +137,7 @@ def _merged_group(saved: dict[str, Any], own: dict[str, Any], index: int, optimi
     if names != own_names and sorted(names) == sorted(own_names):
         theirs, ours = next(pair for pair in zip(names, own_names, strict=True) if pair[0] != pair[1])
         raise ValueError(f"group {index} of the state dict has the parameters in another order: {theirs} for {ours}")
-    defaults = {key: own[key] for key in optimizer.defaults}
+    defaults = {key: own.get(key, value) for key, value in optimizer.defaults.items()}
     group = {**defaults, **copy.deepcopy({**saved, "params": None}), "params": own["params"]}
     choose_kernel(group)
     check_supported(group, index)
@@ -129,7 +145,7 @@ def _merged_group(saved: dict[str, Any], own: dict[str, Any], index: int, optimi
 
 
 def _loaded_entry(
-    optimizer: "ZeroAdam",
+    storage: Storage,
     param: Tensor,
     group: dict[str, Any],
     entry: dict[str, Any] | None,
@@ -137,85 +153,84 @@ def _loaded_entry(
     copies: list[tuple[Tensor, Tensor]],
 ) -> dict[str, Any]:
     """The state of one parameter after loading; what is still to be copied into it is appended to `copies`."""
-    kept = optimizer.precision(param)
-    loaded = dict(entry or new_state(param, group, optimizer.mesh(param), kept))  # what is in it is taken out below
+    precision = storage.options.precision(param)
+    loaded = dict(entry or storage.new_state(param, group))  # what is in it is taken out below
 
     def take(*names: str) -> dict[str, Tensor]:
-        return {name: _piece(name, loaded.pop(name), param, kept, optimizer) for name in names if name in loaded}
+        return {name: _piece(name, loaded.pop(name), param, precision, storage) for name in names if name in loaded}
 
     if "step" not in loaded:
         raise ValueError("it has no step")
     sources: dict[str, Tensor] = {}
-    for moment in moments(group):
+    for moment in moments(group["amsgrad"]):
         given = take(moment, moment + CODES, moment + SCALES)
         if moment not in given and len(given) < 2:
             raise ValueError(f"it has no {moment}")
-        sources |= convert_moment(given, moment, param, kept)
+        sources |= convert_moment(given, moment, param, precision)
     masters = take(*MASTERS)
-    if kept.master:
-        sources[kept.master] = convert(
-            masters, kept.master, shard(param.detach(), optimizer.world_size, optimizer.rank)
-        )
+    if precision.master:
+        own = shard(param.detach(), storage.world_size, storage.rank)
+        sources[precision.master] = convert(masters, precision.master, own)
     result: dict[str, Any] = {"step": new_step(param, group, float(loaded.pop("step")))}
     sources |= take(*(name for name, value in loaded.items() if isinstance(value, Tensor)))
     for name, source in sources.items():
-        wanted = layout(param, name, kept).dtype
+        wanted = layout(param, name, precision).dtype
         if source.dtype != wanted:
-            because = f", and its master {wanted}" if kept.master else ""
+            because = f", and its master {wanted}" if precision.master else ""
             raise ValueError(f"{name} is {source.dtype}, the parameter is {param.dtype}{because}")
         target = held.get(name)
         if not isinstance(target, DTensor):
-            target = new_tensor(param, name, kept, optimizer.mesh(param))
+            target = storage.new_tensor(param, name)
         result[name] = target
         copies.append((target.to_local(), source))
     return {**result, **loaded}  # what is left is somebody's own
 
 
-def _piece(name: str, value: Tensor, param: Tensor, kept: Precision, optimizer: "ZeroAdam") -> Tensor:
+def _piece(name: str, value: Tensor, param: Tensor, precision: Precision, storage: Storage) -> Tensor:
     """This rank's piece of a loaded tensor: [d0, ...] -> [c, ...], a view."""
-    whole = layout(param, name, kept)
+    whole = layout(param, name, precision)
     if value.shape != whole.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, not {tuple(whole.shape)} as the parameter asks for")
     if isinstance(value, DTensor) and value.placements != (Replicate(),) * value.device_mesh.ndim:
-        wanted = placements_of(whole, optimizer.world_size)
-        if value.placements != wanted or value.device_mesh.size() != optimizer.world_size:
+        wanted = placements_of(whole, storage.world_size)
+        if value.placements != wanted or value.device_mesh.size() != storage.world_size:
             raise ValueError(
                 f"{name} is cut as {value.placements} over {value.device_mesh.size()} ranks, this optimizer cuts it as "
-                f"{wanted} over {optimizer.world_size}: load it with torch.distributed.checkpoint, which cuts it anew"
+                f"{wanted} over {storage.world_size}: load it with torch.distributed.checkpoint, which cuts it anew"
             )
         return value.to_local()
     full = value.to_local() if isinstance(value, DTensor) else value
-    return shard(full, optimizer.world_size, optimizer.rank)
+    return shard(full, storage.world_size, storage.rank)
 
 
-def empty_state(optimizer: "ZeroAdam") -> dict[Tensor, dict[str, Any]]:
-    """Room on the CPU for the whole state: [d0, ...], in the parameter's stride order."""
-    whole: dict[Tensor, dict[str, Any]] = {}
+def empty_state(optimizer: Optimizer, storage: Storage) -> dict[Any, Any]:
+    """Memory on the CPU for the whole state: [d0, ...], in the parameter's stride order."""
+    whole: dict[Any, Any] = {}
     for param, key, value in _entries(optimizer):
         if isinstance(value, DTensor):
-            value = torch.empty_like(layout(param, key, optimizer.precision(param)), dtype=value.dtype, device="cpu")
+            like = layout(param, key, storage.options.precision(param))
+            value = torch.empty_like(like, dtype=value.dtype, device="cpu")
         elif isinstance(value, Tensor):
             value = torch.empty_like(value, device="cpu")
         whole.setdefault(param, {})[key] = value
-    return whole
+    return whole | {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
 
 
-def gather_state(optimizer: "ZeroAdam", whole: dict[Tensor, dict[str, Any]] | None, to: int) -> None:
+def gather_state(optimizer: Optimizer, storage: Storage, whole: dict[Any, Any] | None, to: int) -> None:
     """Fill `whole` on rank `to`, where the others have None, as torch's Adam has it. A collective, tensor by tensor."""
     for param, key, value in _entries(optimizer):
         target = whole[param][key] if whole is not None else None
         if isinstance(value, DTensor) and param.dim() > 0:
-            pieces = (
-                [] if target is None else [shard(target, optimizer.world_size, r) for r in range(optimizer.world_size)]
-            )
-            gather(value.to_local(), pieces, to, optimizer.process_group)
+            ranks = range(storage.world_size)
+            pieces = [] if target is None else [shard(target, storage.world_size, rank) for rank in ranks]
+            gather_to(value.to_local(), pieces, to, storage.process_group)
         elif target is not None and isinstance(value, Tensor):  # which every rank has
             target.copy_(value.to_local() if isinstance(value, DTensor) else value)
-    for entry in (whole or {}).values():
-        dequantize_entry(entry)
+    for param in {param: None for param, _, _ in _entries(optimizer)} if whole is not None else ():
+        dequantize_entry(whole[param])
 
 
-def describe_state(optimizer: "ZeroAdam") -> Manifest:
+def describe_state(optimizer: Optimizer) -> Manifest:
     """What must be the same on every rank for the state to be gathered."""
     manifest = {}
     for index, group in enumerate(optimizer.param_groups):
@@ -224,7 +239,7 @@ def describe_state(optimizer: "ZeroAdam") -> Manifest:
     return manifest
 
 
-def _entries(optimizer: "ZeroAdam") -> list[tuple[Tensor, str, Any]]:
+def _entries(optimizer: Optimizer) -> list[tuple[Tensor, str, Any]]:
     """(parameter, name, value) of all state, in the same order on every rank."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     return [

@@ -1,4 +1,4 @@
-"""How a tensor is cut over the ranks: pure arithmetic, no communication.
+"""How a tensor is sharded over the ranks: pure arithmetic, no communication.
 
 A tensor is cut along one dimension into the pieces of `torch.chunk`, which are also those of DTensor's
 `Shard(dim)`: ceil(size / W) each, the last ones shorter or empty. That dimension is 0, so that a piece is

@@ -1,19 +1,16 @@
 """Uneven inputs: a rank that has run out of them still owns pieces, and updates them while the others go on."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.distributed.algorithms import Joinable, JoinHook
 
-if TYPE_CHECKING:
-    from zeroadam.optimizer import ZeroAdam
+from zeroadam.reduce.ownership import Owner
 
 
 class StepAlong(JoinHook):
     """Takes a step for every one that the others take, with the gradients that `reduce_scatter_hook` brought."""
 
-    def __init__(self, optimizer: ZeroAdam, **options: Any) -> None:
+    def __init__(self, optimizer: Owner, **options: Any) -> None:
         if not options.get("divide_by_initial_world_size", True):
             raise ValueError(
                 "divide_by_initial_world_size=False is not supported: step() divides the gradients by the size of "
@@ -38,17 +35,17 @@ class StepAlong(JoinHook):
             param.grad = None
 
     def post_hook(self, is_last_joiner: bool) -> None:  # noqa: ARG002
-        Joinable.__init__(self.optimizer)  # as it was outside of the context
+        Joinable.__init__(self.optimizer)  # type: ignore[arg-type]  # as it was outside of the context
 
 
-def in_join(optimizer: ZeroAdam) -> bool:
+def in_join(optimizer: Owner) -> bool:
     """Whether the optimizer is inside `Join([model, optimizer])`; raises if it comes first there."""
     if optimizer._join_config.enable and optimizer._join_config.is_first_joinable:
         raise ValueError("backward comes before step(), so the model comes first: Join([model, optimizer])")
     return bool(optimizer._join_config.enable)
 
 
-def refuse_in_join(optimizer: ZeroAdam, what: str) -> None:
+def refuse_in_join(optimizer: Owner, what: str) -> None:
     """Raise for what the ranks without inputs would not take part in."""
     if in_join(optimizer):
         raise RuntimeError(

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zeroadam.comm_hook import bf16_reduce_scatter_hook, reduce_scatter_hook
-from zeroadam.memory import RankBytes, plan, whole_tensors
+from zeroadam.memory_plan import RankBytes, plan, whole_tensors
+from zeroadam.reduce.hook import bf16_reduce_scatter_hook, reduce_scatter_hook
 
 HOOKS: dict[str, Callable[..., Any] | None] = {
     "none": None,

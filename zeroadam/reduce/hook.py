@@ -9,28 +9,25 @@ complete from the start: it only tells DDP where the gradients are, which is whe
 """
 
 from collections import deque
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zeroadam.bucket import Bucket, is_dense, split_by_size
-from zeroadam.collectives import is_gloo, reduce_scatter
-from zeroadam.guard import REDUCED, Reduced, holder_of, note
-from zeroadam.join import in_join
+from zeroadam._compat import current_graph_task_id, queue_callback
+from zeroadam.layout.packing import is_dense, split_by_size
+from zeroadam.reduce.grad_bucket import GradBucket
+from zeroadam.reduce.join import in_join
+from zeroadam.reduce.ownership import Owner, Reduced, owners_of, reduced_of
 from zeroadam.report import Meter
-from zeroadam.shared_memory import SharedMemory
-
-if TYPE_CHECKING:
-    from zeroadam.optimizer import ZeroAdam
+from zeroadam.transport import Transports
 
 # Parts of DDP buckets whose reduction may be under way at once; each has staging memory of its own.
-IN_FLIGHT = 3
+STAGING_SLOTS = 3
 PART_BYTES = 25 * 2**20
 
 
-def reduce_scatter_hook(optimizer: "ZeroAdam | None", bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def reduce_scatter_hook(optimizer: Owner | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Sum gradients onto the rank that owns them: `model.register_comm_hook(optimizer, reduce_scatter_hook)`.
 
     The model is a DistributedDataParallel with `gradient_as_bucket_view=True` on the optimizer's process group; all its
@@ -45,9 +42,7 @@ def reduce_scatter_hook(optimizer: "ZeroAdam | None", bucket: dist.GradBucket) -
     return _reduce(optimizer, bucket, None)
 
 
-def bf16_reduce_scatter_hook(
-    optimizer: "ZeroAdam | None", bucket: dist.GradBucket
-) -> torch.futures.Future[torch.Tensor]:
+def bf16_reduce_scatter_hook(optimizer: Owner | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """`reduce_scatter_hook` that sends each rank's gradients rounded to bfloat16, half the bytes of float32.
 
     The sum of the rounded gradients is taken in float32 (on gloo) and stored in the dtype of the gradient.
@@ -56,24 +51,24 @@ def bf16_reduce_scatter_hook(
 
 
 def _reduce(
-    optimizer: "ZeroAdam | None", bucket: dist.GradBucket, wire_dtype: torch.dtype | None
+    optimizer: Owner | None, bucket: dist.GradBucket, wire_dtype: torch.dtype | None
 ) -> torch.futures.Future[torch.Tensor]:
-    optimizer = optimizer or holder_of(bucket.parameters()[0])
-    return optimizer.reduction.reduce(bucket, in_join(optimizer), wire_dtype)
+    owner = owners_of(bucket.parameters()[:1])[0] if optimizer is None else optimizer
+    done: torch.futures.Future[Tensor] = owner.reduction.reduce(bucket, owner, wire_dtype)
+    return done
 
 
 class Reduction:
     """What is being reduced, a few MB at a time, while backward goes on."""
 
-    def __init__(self, process_group: dist.ProcessGroup, shared: SharedMemory | None, meter: Meter) -> None:
-        self.process_group, self.shared, self.meter = process_group, shared, meter
-        self.rank, self.world_size = process_group.rank(), process_group.size()
-        self.under_way: deque[_Part] = deque()
-        self.finished: list[_Part] = []
+    def __init__(self, process_group: dist.ProcessGroup, transports: Transports, meter: Meter) -> None:
+        self.process_group, self.transports, self.meter = process_group, transports, meter
+        self.under_way: deque[GradBucket] = deque()
+        self.finished: list[GradBucket] = []
         self.backward = -1  # the last one seen, by its number in the autograd engine
         # The parts of a DDP bucket by its address, from the second time on that it comes. They keep its memory alive,
         # which DDP frees after the first backward to make other buckets.
-        self.known: dict[int, list[_Part]] = {}
+        self.known: dict[int, list[GradBucket]] = {}
         self.seen: set[int] = set()
         self.parts_made = 0
         self.memory: dict[tuple[torch.device, int], Tensor] = {}
@@ -82,16 +77,19 @@ class Reduction:
 
     @torch.no_grad()
     def reduce(
-        self, bucket: dist.GradBucket, in_join: bool, wire_dtype: torch.dtype | None = None
+        self, bucket: dist.GradBucket, owner: Owner, wire_dtype: torch.dtype | None = None
     ) -> torch.futures.Future[torch.Tensor]:
-        """Start to reduce one bucket; finish what is `IN_FLIGHT` parts behind now, the rest at the end of backward."""
-        backward = torch._C._current_graph_task_id()
+        """Start to reduce one bucket; finish here what has its staging memory, the rest at the end of backward.
+
+        owner: the optimizer with which the hook was registered.
+        """
+        joined, backward = in_join(owner), current_graph_task_id()
         if backward != -1:
-            parts = self.known.get(bucket.buffer().data_ptr()) or self._know(bucket, wire_dtype)
+            parts = self.known.get(bucket.buffer().data_ptr()) or self._know(bucket, owner, wire_dtype)
             if backward != self.backward:
                 self.backward = backward
-                torch.autograd.Variable._execution_engine.queue_callback(self.finish)
-        elif in_join:
+                queue_callback(self.finish)
+        elif joined:
             parts = self._parts(bucket, wire_dtype)
             self.joined += [pair for part in parts for pair in zip(part.params, part.grads, strict=True)]
         else:
@@ -104,7 +102,7 @@ class Reduction:
                 self._finish_first()
             with self.meter.phase("reduce_scatter"):
                 part.start(self._memory(part))
-            self.meter.count(*part.pieces.bytes_of_reduce())
+            self.meter.count(*part.bytes_moved)
             self.under_way.append(part)
         if backward == -1:
             self.finish()
@@ -137,22 +135,22 @@ class Reduction:
         taken, self.joined = self.joined, []
         return taken
 
-    def _know(self, bucket: dist.GradBucket, wire_dtype: torch.dtype | None) -> "list[_Part]":
+    def _know(self, bucket: dist.GradBucket, owner: Owner, wire_dtype: torch.dtype | None) -> list[GradBucket]:
         """Lay a new bucket out, and forget those that had its parameters before DDP rebuilt them."""
         self._check_views(bucket)
-        old = {REDUCED[param].storage for param in bucket.parameters() if param in REDUCED}
-        self.known = {address: parts for address, parts in self.known.items() if address not in old}
-        for param in bucket.parameters():
-            holder = holder_of(param, self.process_group)
+        params = bucket.parameters()
+        for holder in owners_of(params, self.process_group, owner):
             # torch.amp.GradScaler then leaves unscaling and infinities to step(), which refuses: see there.
             holder._step_supports_amp_scaling = True
+        old = {reduced.storage for reduced in map(reduced_of, params) if reduced is not None}
+        self.known = {address: parts for address, parts in self.known.items() if address not in old}
         parts, address = self._parts(bucket, wire_dtype), bucket.buffer().data_ptr()
         if address in self.seen:
             self.known[address] = parts
         self.seen.add(address)
         return parts
 
-    def _parts(self, bucket: dist.GradBucket, wire_dtype: torch.dtype | None) -> "list[_Part]":
+    def _parts(self, bucket: dist.GradBucket, wire_dtype: torch.dtype | None) -> list[GradBucket]:
         """A bucket in parts of bounded size: before DDP rebuilds its buckets there is just one."""
         grads = {}
         for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
@@ -160,14 +158,24 @@ class Reduction:
             grads[param] = grad.as_strided(param.shape, param.stride()) if is_dense(param) else grad
         runs, first = split_by_size(list(grads), PART_BYTES), self.parts_made
         self.parts_made += len(runs)
-        # One for all parts: the gradients of a bucket share their version counter.
-        reduced = Reduced(bucket.buffer().untyped_storage().data_ptr(), -1, self.process_group.group_name)
+        buffer = bucket.buffer()
+        transport = self.transports.of(buffer.device.type)
+        # One note for all parts: the gradients of a bucket share their version counter.
+        reduced = Reduced(buffer.untyped_storage().data_ptr(), -1, self.process_group.group_name)
         return [
-            _Part(self, params, [grads[p] for p in params], wire_dtype, (first + i) % IN_FLIGHT, reduced)
-            for i, params in enumerate(runs)
+            GradBucket(
+                params,
+                [grads[param] for param in params],
+                self.process_group,
+                transport,
+                wire_dtype,
+                (first + index) % STAGING_SLOTS,
+                reduced,
+            )
+            for index, params in enumerate(runs)
         ]
 
-    def _memory(self, part: "_Part") -> Tensor:
+    def _memory(self, part: GradBucket) -> Tensor:
         slot = (part.grads[0].device, part.slot)
         if slot not in self.memory or self.memory[slot].numel() < part.memory_bytes:
             self.memory[slot] = torch.empty(part.memory_bytes, dtype=torch.uint8, device=slot[0])
@@ -180,66 +188,3 @@ class Reduction:
                     "reduce_scatter_hook works on DDP's buckets: build the model with "
                     "DistributedDataParallel(..., gradient_as_bucket_view=True)"
                 )
-
-
-class _Part:
-    """Some gradients of a DDP bucket: large pieces are sent from where they lie, the others packed."""
-
-    def __init__(
-        self,
-        reduction: Reduction,
-        params: list[Tensor],
-        grads: list[Tensor],
-        wire_dtype: torch.dtype | None,
-        slot: int,
-        reduced: Reduced,
-    ) -> None:
-        self.params, self.grads, self.slot, self.reduced = params, grads, slot, reduced
-        self.process_group, self.rank = reduction.process_group, reduction.rank
-        self.gloo = is_gloo(self.process_group, grads[0].device.type)
-        self.shared = reduction.shared if grads[0].device.type == "cpu" else None
-        self.senders = reduction.world_size - 1 if self.gloo and self.shared is None else 0
-        self.pieces = Bucket(grads, 0, self.rank, reduction.world_size, equal_rows=not self.gloo, wire_dtype=wire_dtype)
-        self.received_numels = [self.senders * rows[self.rank].numel() for rows in self.pieces.direct_rows]
-        if self.pieces.packed:
-            self.received_numels.append(self.senders * self.pieces.row_numels[self.rank])
-        self.received_from = -(-self.pieces.staging_bytes // 8) * 8  # bytes; aligned for every dtype
-        self.memory_bytes = self.received_from + sum(self.received_numels) * self.pieces.dtype.itemsize
-        self.memory: Tensor | None = None
-        self.noted = -1  # `reduced.lost` when it was noted for all parameters
-
-    def start(self, memory: Tensor) -> None:
-        """Pack, send and receive; `memory` is uint8, [memory_bytes] or more, and needed until `finish`."""
-        if memory is not self.memory:
-            self._use(memory)
-        self.pieces.pack_all()
-        rows = self.pieces.rows()
-        if self.shared is not None:
-            self.sums = self.shared.reduce_scatter(rows)
-        else:
-            self.sums = reduce_scatter(rows, self.received, self.process_group)
-
-    def _use(self, memory: Tensor) -> None:
-        self.memory = memory
-        self.pieces.use_staging(memory)
-        received = memory[self.received_from : self.memory_bytes].view(self.pieces.dtype)
-        self.received: list[list[Tensor]] = []  # W - 1 rows for each row of this rank
-        for part in received.split(self.received_numels):
-            self.received.append(list(part.view(self.senders, -1)) if self.senders else [])
-
-    def finish(self) -> None:
-        """Wait, and leave the sums in the gradients."""
-        self.pieces.keep_own(self.sums(), others_are_zero=self.shared is not None)
-        for grad in self.grads:
-            if grad.dim() == 0:
-                grad /= self.pieces.world_size
-                if not self.gloo:  # where each rank's sum may be taken in another order
-                    dist.broadcast(grad, group=self.process_group, group_src=0)
-
-    def remember(self) -> None:
-        """Note which version the gradients are, once nothing more is written to their bucket."""
-        self.reduced.version = self.grads[0]._version
-        if self.noted != self.reduced.lost:  # not every time, as it takes longer than all the rest
-            self.noted = self.reduced.lost
-            for param in self.params:
-                note(param, self.reduced)

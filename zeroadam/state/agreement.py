@@ -1,4 +1,4 @@
-"""Do all ranks build the same optimizer, and one that can be sharded? Asked before anything could hang or drift."""
+"""Whether all ranks build the same optimizer, and one that can be sharded; asked before anything can hang or drift."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# What a rank has, as text, in the order in which differences are reported.
+# What must be the same on every rank, as text, in the order in which differences are reported.
 Manifest = dict[str, str]
 
 
@@ -32,6 +32,10 @@ def check_supported(group: dict[str, Any], index: int) -> None:
     if len(set(group["params"])) < len(group["params"]):
         raise ValueError(f"group {index} holds a parameter twice")
     for name, param in named(group, index):
+        if param.device.type == "meta":
+            raise ValueError(f"{name} is on the meta device: build the optimizer after model.to_empty(device=...)")
+        if param.layout != torch.strided:
+            raise ValueError(f"{name} is sparse ({param.layout}), which Adam does not support: hold a dense one")
         if isinstance(param, DTensor):
             raise ValueError(f"{name} is a DTensor, so torch.optim.Adam shards its state already")
         if param.is_complex():
@@ -93,7 +97,9 @@ def describe_hyperparameters(group: dict[str, Any], index: int, defaults: dict[s
 
 def named(group: dict[str, Any], index: int) -> list[tuple[str, Tensor]]:
     """The parameters of a param group with the names to call them by in messages."""
-    names = group.get("param_names") or [f"{position} of group {index}" for position in range(len(group["params"]))]
+    names = group.get("param_names") or ()
+    if len(names) != len(group["params"]):  # none, or the user has changed the parameters since
+        names = [f"{position} of group {index}" for position in range(len(group["params"]))]
     return [(f"parameter {name}", param) for name, param in zip(names, group["params"], strict=True)]
 
 

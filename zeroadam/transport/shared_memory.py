@@ -1,10 +1,10 @@
-"""The road between ranks of one host: rows through shared memory, and bytes through pipes to say that they are there.
+"""The transport between ranks of one host: rows through shared memory, and bytes through pipes that announce them.
 
 Every rank owns a ring of slots that all others have mapped. It writes a message into the next slot of its own, and a
 byte into a pipe to each other rank; who has read a byte of each knows that all have written theirs, and reads from the
 others' slots what is for it. Twice as many slots as messages under way make sure that a slot has been read by all
-before it is written again: message n is written after the bytes of n - IN_FLIGHT are in, which the others sent after
-they had read n - 2 IN_FLIGHT.
+before it is written again: with k messages in flight, message n is written after the bytes of message n - k are in,
+which the others sent after they had read message n - 2 k.
 """
 
 import logging
@@ -20,25 +20,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zeroadam.bucket import Rows
-from zeroadam.collectives import sum_rows
+from zeroadam.layout.rows import RowRules, Rows
+from zeroadam.transport.backend import DIRECT_BYTES
+from zeroadam.transport.gloo import sum_rows
 
 SLOT_BYTES = 2**20
-IN_FLIGHT = 3
-SLOTS = 2 * IN_FLIGHT
+MESSAGES_IN_FLIGHT = 3
+SLOTS = 2 * MESSAGES_IN_FLIGHT
 VARIABLE = "ZEROADAM_SHARED_MEMORY"  # 0 turns it off
 
 logger = logging.getLogger(__name__)
 
 
 class SharedMemory:
-    """The slots of all ranks of a process group, and the messages under way. What it does must be done by all ranks.
+    """See `zeroadam.transport.Transport`. The slots of all ranks of a process group, and the messages under way.
 
     Args:
         regions: uint8 [SLOTS * SLOT_BYTES] of each rank.
         pipes: file descriptors to read from and to write to each rank, none for this one; closed with this object.
         timeout: seconds to wait for another rank.
     """
+
+    rules = RowRules(equal=False, direct_bytes=DIRECT_BYTES)
+    waits_in_forward = False  # a message moves only while all ranks are at work
+    clears_others = True
+    same_on_all_ranks = True
+    senders = 0
 
     def __init__(
         self, rank: int, regions: Sequence[Tensor], pipes: Mapping[int, tuple[int, int]], timeout: float
@@ -63,7 +70,7 @@ class SharedMemory:
         """
         self.queue.append((write, read))
         self.queued += 1
-        while self.queue and (len(self.under_way) < IN_FLIGHT or self._first_is_there()):
+        while self.queue and (len(self.under_way) < MESSAGES_IN_FLIGHT or self._first_is_there()):
             self._post_first()
 
     def finish(self, count: int) -> None:
@@ -73,13 +80,14 @@ class SharedMemory:
             RuntimeError: another rank has ended, or not come in time.
         """
         while self.read < count:
-            while self.queue and len(self.under_way) < IN_FLIGHT:
+            while self.queue and len(self.under_way) < MESSAGES_IN_FLIGHT:
                 self._post_first()
             self._read_first()
 
-    def all_gather(self, exchanges: Sequence[Sequence[Tensor]]) -> Callable[[], None]:
-        """As `collectives.all_gather`; returns what waits for it."""
-        for message in self._messages(exchanges, SLOT_BYTES):
+    def prepare_gather(self, exchanges: Sequence[Rows]) -> Callable[[], list[Callable[[], None]]]:
+        """See `zeroadam.transport.Transport`: one function waits for all exchanges, as they share messages."""
+        posts = []
+        for message in _cut(exchanges, SLOT_BYTES):
 
             def write(slot: Tensor, message: Message = message) -> None:
                 message.write(slot, self.rank)
@@ -88,15 +96,21 @@ class SharedMemory:
                 for rank in self.pipes:
                     torch._foreach_copy_(message.parts[rank], message.views(slots[rank], rank))
 
-            self.post(write, read)
-        return partial(self.finish, self.queued)
+            posts.append((write, read))
 
-    def reduce_scatter(self, exchanges: Sequence[Sequence[Tensor]]) -> Callable[[], list[Tensor]]:
-        """Sum row r of every rank on rank r, in rank order and at least float32. In place, but for lower precisions.
+        def start() -> list[Callable[[], None]]:
+            for write, read in posts:
+                self.post(write, read)
+            return [partial(self.finish, self.queued)] * len(exchanges)
 
-        exchanges: lists of W dense 1-D rows, [n_r] for rank r. Those for other ranks are zero in the end.
-        Returns what waits for them and gives them: [n_rank] of each list.
-        """
+        return start
+
+    def prepare_reduce(
+        self,
+        exchanges: Sequence[Rows],
+        scratch: Sequence[Sequence[Tensor]],  # noqa: ARG002
+    ) -> Callable[[], Callable[[], list[Tensor]]]:
+        """See `zeroadam.transport.Transport`."""
         own = [rows[self.rank] for rows in exchanges]
         sums = [row if row.itemsize >= 4 else torch.empty_like(row, dtype=torch.float32) for row in own]
         share = SLOT_BYTES // len(self.pipes) // 64 * 64  # bytes of a slot for each of the others
@@ -105,7 +119,8 @@ class SharedMemory:
             index = target if target < source else target - 1
             return slot[index * share : (index + 1) * share]
 
-        for message in self._messages(exchanges, share):
+        posts = []
+        for message in _cut(exchanges, share):
 
             def write(slot: Tensor, message: Message = message) -> None:
                 for rank in self.pipes:
@@ -124,26 +139,23 @@ class SharedMemory:
                     for (row, start, stop), part in zip(message.runs, total, strict=True):
                         sums[row][start:stop] = part
 
-            self.post(write, read)
-        count = self.queued
+            posts.append((write, read))
 
-        def finish() -> list[Tensor]:
-            self.finish(count)
-            return sums
+        def start() -> Callable[[], list[Tensor]]:
+            for write, read in posts:
+                self.post(write, read)
+            count = self.queued
 
-        return finish
+            def finish() -> list[Tensor]:
+                self.finish(count)
+                return sums
 
-    def _messages(self, exchanges: Sequence[Sequence[Tensor]], capacity: int) -> "list[Message]":
-        """What goes into which message of at most `capacity` bytes; kept with the rows, as they come every step."""
-        if not isinstance(exchanges, Rows):
-            return _cut(exchanges, capacity)
-        if exchanges.messages is None:
-            exchanges.messages = _cut(exchanges, capacity)
-        messages: list[Message] = exchanges.messages
-        return messages
+            return finish
+
+        return start
 
     def _post_first(self) -> None:
-        if len(self.under_way) == IN_FLIGHT:
+        if len(self.under_way) == MESSAGES_IN_FLIGHT:
             self._read_first()
         write, read = self.queue.popleft()
         write(self.slots[self.posted % SLOTS][self.rank])
@@ -171,7 +183,7 @@ class SharedMemory:
 class Message:
     """Runs of rows, of which those of one rank follow each other in a slot."""
 
-    def __init__(self, exchanges: Sequence[Sequence[Tensor]], runs: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(self, exchanges: Sequence[Rows], runs: Sequence[tuple[int, int, int]]) -> None:
         self.runs = runs  # (row, start, stop) in elements; a rank whose row is shorter has fewer of them
         ranks = range(len(exchanges[0]))
         self.parts = [[exchanges[row][rank][start:stop] for row, start, stop in runs] for rank in ranks]
@@ -188,13 +200,13 @@ class Message:
         return list(slot.view(self.parts[rank][0].dtype)[: sum(numels)].split(numels))
 
 
-def _cut(exchanges: Sequence[Sequence[Tensor]], capacity: int) -> list[Message]:
+def _cut(exchanges: Sequence[Rows], capacity: int) -> list[Message]:
     """Messages of at most `capacity` bytes for any rank; as many, of the same runs, on every rank."""
-    capacity //= exchanges[0][0].itemsize
+    capacity //= exchanges[0].memory.itemsize
     messages: list[list[tuple[int, int, int]]] = []
     room = 0
     for row, rows in enumerate(exchanges):
-        start, numel = 0, max(part.numel() for part in rows)
+        start, numel = 0, max(rows.numels)
         while start < numel:
             if room == 0:
                 messages.append([])

@@ -1,21 +1,19 @@
 """Adam on CUDA in one trip through memory: one Triton kernel for all pieces of a bucket.
 
-It does what `zeroadam.update` does for one block: follow a parameter that was set, join a master and its remainder,
-cast and divide the gradient, Adam, and round what is kept in fewer bits. It stands in for torch's fused kernel.
+It does what `zeroadam.update.adam` does for one block: follow a parameter that was set, join a master and its
+remainder, cast and divide the gradient, run Adam, and round what is stored in fewer bits.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from zeroadam.precision import CODES, GOLDEN, HASH
-
-if TYPE_CHECKING:
-    from zeroadam.update import Piece
+from zeroadam.update.piece import Piece
+from zeroadam.update.rounding import CODES, GOLDEN, HASH
 
 BLOCK = 2048
 TENSORS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "remainder", "step")  # after the parameter and gradient
@@ -26,7 +24,7 @@ _TABLES: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 MAX_TABLES = 1000
 
 
-def fits(piece: "Piece", group: dict[str, Any]) -> bool:
+def fits(piece: Piece, group: dict[str, Any]) -> bool:
     """Whether the kernel can update this piece: without 8-bit moments, float64, or gaps and other orders in memory."""
     param, state = piece.param, piece.state
     tensors = [piece.grad, *(state[name] for name in TENSORS[:-1] if name in state)]
@@ -39,7 +37,7 @@ def fits(piece: "Piece", group: dict[str, Any]) -> bool:
     )
 
 
-def update(pieces: Sequence["Piece"], group: dict[str, Any]) -> None:
+def update(pieces: Sequence[Piece], group: dict[str, Any]) -> None:
     """One step of Adam on every piece that fits, in place on `param` and `state`."""
     kinds: dict[Any, list[Piece]] = {}
     for piece in pieces:
@@ -51,7 +49,7 @@ def update(pieces: Sequence["Piece"], group: dict[str, Any]) -> None:
         _update_alike(alike, group, aligned)
 
 
-def _update_alike(pieces: Sequence["Piece"], group: dict[str, Any], aligned: bool) -> None:
+def _update_alike(pieces: Sequence[Piece], group: dict[str, Any], aligned: bool) -> None:
     """Of pieces of the same dtypes; aligned: all lie at multiples of 16 bytes, so that loads may be as wide."""
     steps = [piece.state["step"] for piece in pieces]
     torch._foreach_add_(steps, 1)
@@ -89,7 +87,7 @@ def _update_alike(pieces: Sequence["Piece"], group: dict[str, Any], aligned: boo
     )
 
 
-def _tables(pieces: Sequence["Piece"]) -> tuple[Tensor, Tensor]:
+def _tables(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
     """Where everything is, int64 [pieces, 10], and which block is whose and where in it, int32 [blocks, 2]."""
     rows = []
     for piece in pieces:

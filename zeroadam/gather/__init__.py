@@ -1,0 +1,1 @@
+"""From this rank's updated pieces to whole parameters on every rank."""

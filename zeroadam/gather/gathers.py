@@ -1,0 +1,57 @@
+"""The gathers of a step: which are under way, which of them the next forward may wait for, and who waits for all."""
+
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from zeroadam.gather.param_bucket import STAGING_SLOTS, Gather, ParamBucket
+from zeroadam.report import Meter
+
+
+class Gathers:
+    """Starts and finishes gathers; `in_forward` are the parameters for which modules wait in their forward."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+        self.in_forward: set[Tensor] = set()
+        self.waiting: dict[Tensor, Gather] = {}  # of parameters in `in_forward`
+        self._packed: deque[Gather] = deque()  # in the order of their staging memory
+        self._started: list[Gather] = []
+
+    def free_staging(self, bucket: ParamBucket) -> None:
+        """Finish the gather that uses the staging memory of a bucket."""
+        if bucket.packed and len(self._packed) == STAGING_SLOTS:
+            self._packed.popleft().finish()
+
+    def start(self, bucket: ParamBucket) -> None:
+        """Gather what has been updated of a bucket."""
+        with self.meter.phase("all_gather"):
+            started = bucket.start_gather(self.meter)
+        if bucket.packed:
+            self._packed.append(started[-1])
+        for gather in started:
+            if bucket.waits_in_forward and self.in_forward and all(param in self.in_forward for param in gather.params):
+                self.waiting.update(dict.fromkeys(gather.params, gather))
+            else:
+                self._started.append(gather)
+
+    def end_step(self) -> None:
+        """Finish those for which no forward waits."""
+        for gather in self._started:
+            gather.finish()
+        self._started.clear()
+        self._packed.clear()
+
+    def finish_of(self, params: Iterable[Tensor]) -> None:
+        """Finish the gathers of some parameters."""
+        for param in params:
+            if (gather := self.waiting.pop(param, None)) is not None:
+                gather.finish()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Finish all gathers."""
+        while self.waiting:
+            self.waiting.pop(next(iter(self.waiting))).finish()

@@ -1,0 +1,134 @@
+"""Parameters whose pieces are updated, and then gathered, together.
+
+Most of a model's bytes lie in large pieces that are one run of memory. These travel directly from and into the
+parameter. The others are packed into a staging area, see `zeroadam.layout.packing`. Adam runs on a parameter itself or,
+if it is packed, on its slot in this rank's row.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from zeroadam.layout.packing import Packing, direct_rows, split_by_size
+from zeroadam.layout.rows import RowRules, Rows
+from zeroadam.layout.shard import shard
+from zeroadam.report import Meter
+from zeroadam.transport import Transport
+
+# Buckets that may be packed and under way at once; each of them has staging memory of its own.
+STAGING_SLOTS = 3
+
+
+class ParamBucket:
+    """Some parameters of one dtype and device.
+
+    Args:
+        params: of any shape [d0, ...].
+        rules: of the transport on which they will travel.
+    """
+
+    def __init__(self, params: Sequence[Tensor], rank: int, world_size: int, rules: RowRules) -> None:
+        self.rules, self.rank, self.world_size = rules, rank, world_size
+        self.params = list(params)
+        self.dtype, self.device = params[0].dtype, params[0].device
+        tensors = [param.detach() for param in params]
+        direct = [direct_rows(tensor, world_size, rules) for tensor in tensors]
+        # Parameters that travel directly, and their rows. Those without dimensions or elements do not travel at all.
+        self.direct = [(p, rows) for p, rows in zip(params, direct, strict=True) if rows is not None]
+        packed = [t for t, rows in zip(tensors, direct, strict=True) if rows is None and _is_packed(t)]
+        self.packed = [p for p, t, rows in zip(params, tensors, direct, strict=True) if rows is None and _is_packed(t)]
+        self.packing = Packing(packed, world_size, rank, self.dtype)
+        self.staging_bytes = self.packing.nbytes
+        # Elements that each rank owns, and bytes of each rank's rows.
+        self.numels = [sum(shard(tensor, world_size, r).numel() for tensor in tensors) for r in range(world_size)]
+        packed_numels = self.packing.row_numels
+        if rules.equal:
+            packed_numels = [self.packing.row_numel] * world_size
+        direct_numels = [sum(rows.numels[r] for _, rows in self.direct) for r in range(world_size)]
+        self.row_bytes = [self.dtype.itemsize * sum(both) for both in zip(direct_numels, packed_numels, strict=True)]
+
+    def use(self, staging: Tensor, transport: Transport) -> None:
+        """Prepare everything that a step needs; `staging` is uint8 [staging_bytes] or more."""
+        self.packing.use(staging, self.rules)
+        self.exchanges: list[Rows] = [rows for _, rows in self.direct] + ([self.packing.rows] if self.packed else [])
+        self.groups: list[tuple[list[Tensor], Callable[[], None] | None]] = [([p], None) for p, _ in self.direct]
+        if self.packed:
+            self.groups.append((self.packed, self.packing.unpack))
+        self.waits_in_forward = transport.waits_in_forward
+        self._start = transport.prepare_gather(self.exchanges) if self.exchanges else list
+        slots = dict(zip(map(id, self.packed), self.packing.own_slots, strict=True))
+        self.pieces = [slots.get(id(p), shard(p.detach(), self.world_size, self.rank)) for p in self.params]
+
+    def pack(self) -> None:
+        """Copy this rank's pieces of the packed parameters into its row, where they are updated."""
+        self.packing.pack_own()
+
+    def bytes_of_gather(self) -> tuple[int, int]:
+        """(sent, received) by this rank when it sends its rows to all others."""
+        own = self.row_bytes[self.rank]
+        return (self.world_size - 1) * own, sum(self.row_bytes) - own
+
+    def start_gather(self, meter: Meter) -> "list[Gather]":
+        """Send this rank's rows and receive the others'."""
+        meter.count(*self.bytes_of_gather())
+        waits = self._start()
+        return [Gather(params, wait, unpack, meter) for (params, unpack), wait in zip(self.groups, waits, strict=True)]
+
+
+class Gather:
+    """Parameters [d0, ...] of which the other ranks' pieces are on their way; `finish` may be called again."""
+
+    def __init__(
+        self, params: Sequence[Tensor], wait: Callable[[], None], unpack: Callable[[], None] | None, meter: Meter
+    ) -> None:
+        self.params, self.wait, self.unpack, self.meter, self.done = params, wait, unpack, meter, False
+
+    def finish(self) -> None:
+        if not self.done:
+            self.done = True
+            with self.meter.phase("all_gather"), torch.no_grad():
+                self.wait()
+                if self.unpack is not None:
+                    self.unpack()
+
+
+def make_buckets(
+    params: Sequence[Tensor], rank: int, world_size: int, cap_bytes: float, rules: Callable[[Tensor], RowRules]
+) -> list[ParamBucket]:
+    """Buckets of about `cap_bytes`, in order; those that pack nothing apart, as they need not wait for staging memory.
+
+    rules: of the transport for a parameter.
+    """
+    direct = [direct_rows(param.detach(), world_size, rules(param)) is not None for param in params]
+    buckets = []
+    for kind in (True, False):
+        for some in split_by_size([p for p, d in zip(params, direct, strict=True) if d is not kind], cap_bytes):
+            buckets.append(ParamBucket(some, rank, world_size, rules(some[0])))
+    return buckets
+
+
+def staging_bytes(buckets: Sequence[ParamBucket]) -> int:
+    """The staging memory of buckets on one device."""
+    sizes = [bucket.staging_bytes for bucket in buckets if bucket.packed]
+    return min(STAGING_SLOTS, len(sizes)) * max(sizes, default=0)
+
+
+def use_staging(buckets: Sequence[ParamBucket], transport: Callable[[Tensor], Transport]) -> None:
+    """Prepare all buckets, so that `STAGING_SLOTS` in a row of those with packed parameters can be in use at once."""
+    largest = max((bucket.staging_bytes for bucket in buckets), default=0)
+    memory: dict[tuple[torch.device, int], Tensor] = {}
+    count = 0
+    for bucket in buckets:
+        staging = torch.empty(0, dtype=torch.uint8, device=bucket.device)
+        if bucket.packed:
+            slot = (bucket.device, count % STAGING_SLOTS)
+            if slot not in memory:
+                memory[slot] = torch.zeros(largest, dtype=torch.uint8, device=bucket.device)
+            staging, count = memory[slot], count + 1
+        bucket.use(staging, transport(bucket.params[0]))
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    """Whether a tensor that does not travel directly travels at all, or has to be made dense for Adam."""
+    return tensor.dim() > 0 and tensor.numel() > 0

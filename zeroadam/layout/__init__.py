@@ -1,0 +1,1 @@
+"""Which rank owns what, and where it lies in memory. No communication."""

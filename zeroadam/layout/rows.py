@@ -1,0 +1,41 @@
+"""What one exchange between the ranks sends: one row for each rank, all in one run of memory."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class RowRules(NamedTuple):
+    """What a transport asks of the rows that it sends."""
+
+    equal: bool  # whether all rows of an exchange must be equally long
+    direct_bytes: int  # pieces of this size and more travel from and into where they lie; smaller ones are packed
+
+
+@dataclass(frozen=True)
+class Rows:
+    """W rows: row r, of rank r, is [numels[r]] and begins `pitch` elements after row r - 1."""
+
+    memory: Tensor  # [n], n >= (W - 1) * pitch + numels[-1] unless the last rows are empty
+    pitch: int
+    numels: Sequence[int]
+
+    def __getitem__(self, rank: int) -> Tensor:
+        return self.memory[rank * self.pitch : rank * self.pitch + self.numels[rank]]
+
+    def __len__(self) -> int:
+        return len(self.numels)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[rank] for rank in range(len(self)))
+
+    def whole(self) -> Tensor:
+        """All rows as one run of memory, where they are equal and follow each other: [W * n]."""
+        assert all(numel == self.pitch for numel in self.numels)
+        return self.memory[: self.pitch * len(self)]
+
+    def others(self, rank: int) -> list[Tensor]:
+        """The memory before and behind row `rank`, where rows follow each other."""
+        return [self.memory[: rank * self.pitch], self.memory[rank * self.pitch + self.numels[rank] :]]

@@ -1,0 +1,109 @@
+"""Gradients of a DDP bucket that are reduced together: [d0, ...] -> [d0, ...] with the sum in this rank's piece.
+
+Large pieces are sent from where they lie, the others are packed, as in `zeroadam.gather.param_bucket`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zeroadam.layout.packing import Packing, direct_rows
+from zeroadam.layout.rows import Rows
+from zeroadam.reduce.ownership import Reduced, note
+from zeroadam.transport import Transport
+
+
+class GradBucket:
+    """Some gradients of one dtype and device.
+
+    Args:
+        grads: [d0, ...] each, in the memory of one DDP bucket.
+        wire_dtype: the dtype in which they are sent, None for their own.
+        slot: the number of its staging memory.
+        reduced: the note about the DDP bucket, shared by all parts of it.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        process_group: dist.ProcessGroup,
+        transport: Transport,
+        wire_dtype: torch.dtype | None,
+        slot: int,
+        reduced: Reduced,
+    ) -> None:
+        self.params, self.grads, self.slot, self.reduced = list(params), list(grads), slot, reduced
+        self.process_group, self.transport = process_group, transport
+        self.rank, self.world_size = process_group.rank(), process_group.size()
+        dtype = wire_dtype or grads[0].dtype
+        rows_of = [direct_rows(g, self.world_size, transport.rules) if g.dtype == dtype else None for g in grads]
+        self.direct: list[Rows] = [rows for rows in rows_of if rows is not None]
+        self.packing = Packing(
+            [g for g, rows in zip(grads, rows_of, strict=True) if rows is None and g.numel()],
+            self.world_size,
+            self.rank,
+            dtype,
+        )
+        self.zero_dim = [grad for grad in grads if grad.dim() == 0]
+        own = [rows.numels[self.rank] for rows in self.direct]
+        row_numels = self.packing.row_numels
+        if transport.rules.equal:
+            row_numels = [self.packing.row_numel] * self.world_size
+        if self.packing.tensors:
+            own.append(row_numels[self.rank])
+        self.received_numels = [transport.senders * numel for numel in own]
+        self.received_from = -(-self.packing.nbytes // 8) * 8  # bytes; aligned for every dtype
+        self.memory_bytes = self.received_from + sum(self.received_numels) * dtype.itemsize
+        self.memory: Tensor | None = None
+        sizes = [
+            dtype.itemsize * (row_numels[r] + sum(rows.numels[r] for rows in self.direct))
+            for r in range(self.world_size)
+        ]
+        # (sent, received) by this rank: it sends each of the others its row.
+        self.bytes_moved = (sum(sizes) - sizes[self.rank], (self.world_size - 1) * sizes[self.rank])
+        self.noted = -1  # `reduced.lost` when it was noted for all parameters
+
+    def start(self, memory: Tensor) -> None:
+        """Pack, send and receive; `memory` is uint8, [memory_bytes] or more, and in use until `finish`."""
+        if memory is not self.memory:
+            self._use(memory)
+        self.packing.pack()
+        self.sums = self._start()
+
+    def _use(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.packing.use(memory, self.transport.rules)
+        self.exchanges = [*self.direct, *([self.packing.rows] if self.packing.tensors else [])]
+        received = memory[self.received_from : self.memory_bytes].view(self.packing.dtype)
+        scratch: list[list[Tensor]] = []  # for each exchange, a row for each rank that sends
+        for part in received.split(self.received_numels):
+            scratch.append(list(part.view(self.transport.senders, -1)) if self.transport.senders else [])
+        self._start = self.transport.prepare_reduce(self.exchanges, scratch) if self.exchanges else lambda: list
+        self.others = [run for rows in self.direct for run in rows.others(self.rank) if run.numel()]
+
+    def finish(self) -> None:
+        """Wait, and leave the sums in this rank's pieces of the gradients, zero elsewhere, means in 0-d ones."""
+        sums = self.sums()
+        for rows, total in zip(self.direct, sums, strict=False):
+            if total.data_ptr() != rows[self.rank].data_ptr():
+                rows[self.rank].copy_(total)
+        if self.others and not self.transport.clears_others:
+            torch._foreach_zero_(self.others)
+        if self.packing.tensors:
+            self.packing.keep_own(sums[-1])
+        if self.zero_dim and self.world_size > 1:
+            torch._foreach_div_(self.zero_dim, self.world_size)
+            if not self.transport.same_on_all_ranks:
+                together = torch.stack(self.zero_dim)
+                dist.broadcast(together, group=self.process_group, group_src=0)
+                torch._foreach_copy_(self.zero_dim, list(together))
+
+    def remember(self) -> None:
+        """Note which version the gradients are, once nothing more is written to their bucket."""
+        self.reduced.version = self.grads[0]._version
+        if self.noted != self.reduced.lost:  # not every time, as it takes longer than all the rest
+            self.noted = self.reduced.lost
+            note(self.params, self.reduced)

@@ -1,0 +1,114 @@
+"""Who owns a parameter, who has summed its gradient, and is the gradient still that sum?
+
+Gradients that live on their owner only must not be changed by code that believes that all ranks see the same, such as
+clipping by this rank's norm. That would be wrong in silence. So the hook notes what it wrote, and `step()` compares.
+"""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@runtime_checkable
+class Owner(Protocol):
+    """What is used here of the optimizer, which imports all of this."""
+
+    process_group: dist.ProcessGroup
+    reduction: Any  # its `zeroadam.reduce.hook.Reduction`
+    _plan: Any  # its `zeroadam.step_plan.StepPlan`
+    param_groups: list[dict[str, Any]]
+    _step_supports_amp_scaling: bool
+    _join_config: Any
+
+    def step(self) -> Any: ...
+
+
+@dataclass(eq=False)
+class Reduced:
+    """What the hook last wrote to the gradients of one DDP bucket: where, which version, summed over whom."""
+
+    storage: int
+    version: int
+    group_name: str
+    lost: int = 0  # how often the gradient of one of its parameters was summed elsewhere since
+
+    def still_in(self, grad: Tensor) -> bool:
+        return grad.untyped_storage().data_ptr() == self.storage and grad._version == self.version
+
+
+# Ownership depends on shape and W alone: an optimizer can step on what was reduced by a hook on another one.
+_owners: list["weakref.ref[Any]"] = []  # all there are, oldest first
+_reduced: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> Reduced
+_changes = 0
+
+
+def changes() -> int:
+    """How often `reduced_of` has changed for some parameter."""
+    return _changes
+
+
+def note(params: Iterable[Tensor], reduced: Reduced) -> None:
+    """Remember that the gradients of parameters are what the hook wrote last."""
+    global _changes
+    for param in params:
+        before: Reduced | None = _reduced.get(param)
+        if before is reduced:
+            continue
+        if before is not None:
+            before.lost += 1
+        _reduced[param] = reduced
+        _changes += 1
+
+
+def reduced_of(param: Tensor) -> Reduced | None:
+    """What the hook last wrote to the gradient of a parameter, if it ever did."""
+    return _reduced.get(param) if _reduced else None
+
+
+def check_reduced(param: Tensor, grad: Tensor, reduced: Reduced, process_group: dist.ProcessGroup) -> None:
+    """Raise RuntimeError if a gradient is not what the hook made it, or was summed over another process group."""
+    if reduced.group_name != process_group.group_name:
+        raise RuntimeError(
+            "gradients were summed over another process group than that of the optimizer that holds the parameters: "
+            "register the hook with an optimizer of the same group"
+        )
+    if not reduced.still_in(grad):
+        raise RuntimeError(
+            f"the gradient of a parameter of shape {tuple(param.shape)} was changed after reduce_scatter_hook summed "
+            "it, which only its owner would notice: clip with optimizer.clip_grad_norm_(), not with "
+            "torch.nn.utils.clip_grad_norm_(); scale with zeroadam.GradScaler; end accumulation with a backward "
+            "outside of no_sync()"
+        )
+
+
+def register(owner: Owner) -> None:
+    """Let `owners_of` find an optimizer, without keeping it alive."""
+    _owners[:] = [other for other in _owners if other() is not None] + [weakref.ref(owner)]
+
+
+def owners_of(
+    params: Sequence[Tensor], process_group: dist.ProcessGroup | None = None, first: Owner | None = None
+) -> list[Owner]:
+    """The optimizer in whose param groups each parameter is now, over this process group if there is one.
+
+    first: the one to take where it is among them; else the newest is.
+
+    Raises:
+        RuntimeError: there is none for some parameter.
+    """
+    found: dict[int, Owner] = {}
+    for owner in [*(reference() for reference in _owners), first]:
+        if owner is not None and process_group in (None, owner.process_group):
+            found |= {id(param): owner for group in owner.param_groups for param in group["params"]}
+    for param in params:
+        if id(param) not in found:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} is reduced by reduce_scatter_hook, but no ZeroAdam of the "
+                "same process group holds it: give all the model's trained parameters to such optimizers"
+            )
+    return [found[id(param)] for param in params]

@@ -1,0 +1,163 @@
+"""Optimizer state as DTensors of the parameter's own shape, of which this rank holds its piece.
+
+It lives in `optimizer.state[p]` and nowhere else, under torch's own names, so that whatever saves, moves or
+gathers the state of a torch optimizer does so with ours. The user may delete it, and replace its entries.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from zeroadam.layout.packing import dense_strides
+from zeroadam.layout.shard import shard, shard_dim
+from zeroadam.options import Options, Precision, block_numel
+from zeroadam.update.rounding import CODES, SCALES, dequantize, quantize
+
+# Device types for which torch has a fused Adam kernel.
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+class Storage:
+    """Makes and checks the state of parameters that are sharded over a process group."""
+
+    def __init__(self, process_group: dist.ProcessGroup, options: Options) -> None:
+        self.process_group, self.options = process_group, options
+        self.rank, self.world_size = process_group.rank(), process_group.size()
+        self._meshes: dict[str, DeviceMesh] = {}
+
+    def mesh(self, param: Tensor) -> DeviceMesh:
+        """The ranks of the process group, for DTensors on the device type of a parameter."""
+        kind = param.device.type
+        if kind not in self._meshes:
+            self._meshes[kind] = DeviceMesh.from_group(self.process_group, kind)
+        return self._meshes[kind]
+
+    def new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Adam's state before the first step: `step` [] on every rank, and [d0, ...] with [c, ...] of it here."""
+        names = state_names(group["amsgrad"], self.options.precision(param))
+        return {"step": new_step(param, group), **{name: self.new_tensor(param, name) for name in names}}
+
+    def new_tensor(self, param: Tensor, name: str) -> DTensor:
+        """State before the first step, of which this rank holds its piece: zeros; for a master, the parameter."""
+        whole = layout(param, name, self.options.precision(param))
+        local = torch.zeros_like(shard(whole, self.world_size, self.rank), device=param.device)
+        if name == "master":
+            local.copy_(shard(param.detach(), self.world_size, self.rank))
+        return self.as_dtensor(local, whole, param)
+
+    def as_dtensor(self, local: Tensor, whole: Tensor, param: Tensor) -> DTensor:
+        """A piece [c, ...] as a part of a tensor with the shape and strides of `whole` [d0, ...]."""
+        return DTensor.from_local(
+            local,
+            self.mesh(param),
+            placements_of(whole, self.world_size),
+            run_check=False,
+            shape=whole.shape,
+            stride=dense_strides(whole),
+        )
+
+    def local_state(
+        self, param: Tensor, name: str, group: Mapping[str, Any], state: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """The tensors of a parameter's state with which Adam works here: `step` [], the others [c, ...].
+
+        A whole tensor that the user has put there, [d0, ...], is replaced in `state` by this rank's piece of it.
+
+        Raises:
+            RuntimeError: something is missing, or is not what the parameter needs.
+        """
+        precision, local = self.options.precision(param), {}
+        for key in ("step", *state_names(group["amsgrad"], precision)):
+            value = state.get(key)
+            if not isinstance(value, Tensor):
+                found = "missing" if value is None else f"a {type(value).__name__}"
+                hint = " (amsgrad was set after the state was made)" if key.startswith("max_") else ""
+                raise RuntimeError(
+                    f"{key} in the state of {name} is {found}{hint}: give it a tensor, or delete optimizer.state[p] "
+                    "for the parameter to start anew"
+                )
+            if key == "step":
+                if value.numel() != 1 or isinstance(value, DTensor):
+                    raise RuntimeError(f"step in the state of {name} has shape {tuple(value.shape)}, not ()")
+                local[key] = value
+                continue
+            whole = layout(param, key, precision)
+            if not isinstance(value, DTensor) and value.shape == whole.shape:
+                piece = shard(value, self.world_size, self.rank)
+                value = state[key] = self.as_dtensor(torch.empty_like(piece).copy_(piece), whole, param)
+            piece = value.to_local() if isinstance(value, DTensor) else value
+            own = shard(whole, self.world_size, self.rank)
+            wanted = (whole.shape, own.shape, own.dtype, param.device, dense_strides(own))
+            if (value.shape, piece.shape, piece.dtype, piece.device, piece.stride()) != wanted:
+                raise RuntimeError(
+                    f"{key} in the state of {name} is for shape {tuple(value.shape)}, {piece.dtype} on {piece.device}, "
+                    f"of which this rank has {tuple(piece.shape)} with strides {piece.stride()}; the parameter, "
+                    f"{param.dtype} on {param.device}, needs {tuple(whole.shape)}, {own.dtype}, {tuple(own.shape)} and "
+                    f"{dense_strides(own)}: build the optimizer after casting and moving the model, or delete "
+                    "optimizer.state[p] for the parameter to start anew"
+                )
+            local[key] = piece
+        return local
+
+
+def layout(param: Tensor, name: str, precision: Precision) -> Tensor:
+    """A tensor without memory, of the shape [d0, ...], stride order and dtype of the state called `name`."""
+    if name.endswith(SCALES) and (block := block_numel(param)):
+        return torch.empty(param.shape[0], math.prod(param.shape[1:]) // block, device="meta")
+    other = precision.compute if precision.moments == torch.uint8 else precision.moments
+    dtype = {"master": torch.float32, "remainder": torch.bfloat16}.get(name, other)
+    return torch.empty_like(param, dtype=torch.uint8 if name.endswith(CODES) else dtype, device="meta")
+
+
+def state_names(amsgrad: bool, precision: Precision) -> list[str]:
+    """The names of a parameter's state, without `step`."""
+    names = [name for moment in moments(amsgrad) for name in stored_names(moment, precision.moments)]
+    return names + ([precision.master] if precision.master else [])
+
+
+def stored_names(moment: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The names under which `moment` is stored in a dtype."""
+    return (moment + CODES, moment + SCALES) if dtype == torch.uint8 else (moment,)
+
+
+def moments(amsgrad: bool) -> list[str]:
+    """The names of Adam's moments."""
+    return ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if amsgrad else [])
+
+
+def new_step(param: Tensor, group: Mapping[str, Any], value: float = 0.0) -> Tensor:
+    """The count of steps [], where torch's Adam has it: with the parameter for fused and capturable kernels."""
+    device = param.device if group["fused"] or group["capturable"] else "cpu"
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
+def placements_of(param: Tensor, world_size: int) -> tuple[Placement, ...]:
+    """How a parameter's state is sharded, as DTensor says it."""
+    dim = shard_dim(param.shape, world_size)
+    return (Replicate() if dim is None else Shard(dim),)
+
+
+def choose_kernel(group: dict[str, Any]) -> None:
+    """Make fused the default of a param group where torch has a kernel for all its parameters."""
+    if group["fused"] is None and group["foreach"] is None:
+        group["fused"] = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in group["params"])
+
+
+def convert_moment(given: Mapping[str, Tensor], moment: str, param: Tensor, precision: Precision) -> dict[str, Tensor]:
+    """A moment as it is to be stored, [c, ...], from how it was saved; as it was if bits would be lost unasked."""
+    names = stored_names(moment, precision.moments)
+    if given.keys() == set(names) and (precision.moments == torch.uint8 or given[moment].dtype == precision.moments):
+        return dict(given)
+    value = given[moment] if moment in given else dequantize(given[moment + CODES], given[moment + SCALES], moment)
+    if precision.moments == torch.uint8:
+        block = block_numel(param)
+        assert block is not None
+        return dict(zip(names, quantize(value.float(), moment, block), strict=True))
+    fits = value.is_floating_point() and value.itemsize <= 4
+    return {moment: value.to(precision.moments) if fits and precision.compute == torch.float32 else value}

@@ -1,0 +1,272 @@
+"""What a step works on, laid out ahead, and how it follows what the user does to the optimizer.
+
+`param_groups`, `state` and `p.grad` belong to the user: a step takes them as they are, as torch's Adam does. A plan is
+a cache of them in three layers, and each step begins by comparing identities and addresses with what they were:
+
+    buckets      of the parameters, their order, places in memory and dtypes; the same on every rank
+    states       of the entries of `state`
+    gradients    of `p.grad`, and of which of them reduce_scatter_hook has summed
+
+Only a layer that differs is laid out anew. Whatever cannot be followed is refused here, before anything has changed.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_, methodcaller
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zeroadam.gather.param_bucket import ParamBucket, make_buckets, use_staging
+from zeroadam.layout.shard import shard
+from zeroadam.reduce.ownership import Reduced, changes, check_reduced, reduced_of
+from zeroadam.state.agreement import check_supported, named
+from zeroadam.state.storage import Storage
+from zeroadam.transport import Transports
+from zeroadam.update.adam import Scratch, Update, scratch_numel
+from zeroadam.update.piece import Piece
+
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "capturable", "fused")
+_grad_of, _dtype_of, _items_of = attrgetter("grad"), attrgetter("dtype"), methodcaller("values")
+
+Groups = Sequence[dict[str, Any]]
+
+
+class StepPlan:
+    """The buckets of an optimizer, and the updates of each.
+
+    Args:
+        optimizer: whose `param_groups` and `state` are followed.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, storage: Storage, transports: Transports) -> None:
+        self.optimizer, self.storage, self.transports = optimizer, storage, transports
+        self.rank, self.world_size = storage.rank, storage.world_size
+        self.params: list[Tensor] = []  # all that are trained, in the order of their groups
+        self.buckets: list[ParamBucket] = []
+        # For each bucket the updates of its parameters that have gradients, each with the index of its param group.
+        self.updates: list[list[tuple[int, Update]]] = []
+        # (parameter, gradient, this rank's piece of it, its divisor) of those parameters.
+        self.gradients: list[tuple[Tensor, Tensor, Tensor, int]] = []
+        # (parameter, gradient, note) of one parameter of each DDP bucket that reduce_scatter_hook has reduced.
+        self.reduced: list[tuple[Tensor, Tensor, Reduced]] = []
+        self.imbalance = 1.0  # elements that the fullest rank updates, over the mean
+        self._every: list[Tensor] = []
+        self._lengths: list[int] = []
+        self._frozen: list[Tensor] = []
+        self._places: Places = ([], [], [])
+        self._states: list[State] = []
+        self._state_seen: Any = None
+        self._grads_seen: Any = None
+        self._scratch: dict[torch.device, Scratch] = {}
+
+    def follow(self) -> None:
+        """Make the plan that of the optimizer as it is now.
+
+        Raises:
+            RuntimeError or ValueError: it cannot be followed. Neither parameters nor states have changed.
+        """
+        groups = self.optimizer.param_groups
+        for index, group in enumerate(groups):
+            check_group(group, index)
+        if not self._buckets_are_current(groups):
+            self._lay_out_buckets(groups)
+        elif not self._states_are_current(groups):
+            self._take_states(self._find_states(self.params, groups), groups)
+        grads = list(map(_grad_of, self.params))
+        if not self._gradients_are_current(grads):
+            self._take_gradients(grads, groups)
+        for param, grad, reduced in self.reduced:
+            check_reduced(param, grad, reduced, self.storage.process_group)
+
+    def accept_changes(self) -> None:
+        """Take the gradients as they are now for what the hook wrote; for changes that all ranks make alike."""
+        for _, grad, reduced in self.reduced:
+            reduced.version = grad._version
+
+    # Layer 1: buckets
+
+    def _buckets_are_current(self, groups: Groups) -> bool:
+        every = list(chain.from_iterable(group["params"] for group in groups))
+        return (
+            _identical(every, self._every)
+            and [len(group["params"]) for group in groups] == self._lengths
+            and not any(param.requires_grad or param.grad is not None for param in self._frozen)
+            and _places_of(self.params) == self._places
+        )
+
+    def _lay_out_buckets(self, groups: Groups) -> None:
+        """Give every trained parameter a bucket. The result is the same on all ranks, as all see the same groups."""
+        every = list(chain.from_iterable(group["params"] for group in groups))
+        for index, group in enumerate(groups):
+            check_supported(group, index)
+            self.storage.options.check_blocks(group["params"], self.world_size)
+        if len(set(map(id, every))) < len(every):
+            raise ValueError("some parameters appear in more than one param group")
+        # A parameter that was trained before keeps its place while it is frozen, as it may thaw again.
+        before = set(map(id, self.params))
+        params = [p for p in every if id(p) in before or p.requires_grad or p.grad is not None]
+        states = self._find_states(params, groups)
+        transport = {p.device: self.transports.of(p.device.type) for p in params}
+        cap_bytes = self.storage.options.bucket_cap_mb * 2**20
+        buckets = make_buckets(params, self.rank, self.world_size, cap_bytes, lambda p: transport[p.device].rules)
+        use_staging(buckets, lambda p: transport[p.device])
+        trained = set(map(id, params))
+        self.params, self.buckets, self._every = params, buckets, every
+        self._lengths = [len(group["params"]) for group in groups]
+        self._frozen = [param for param in every if id(param) not in trained]
+        self._places = _places_of(params)
+        held = [sum(numels) for numels in zip(*(bucket.numels for bucket in buckets), strict=True)]
+        self.imbalance = self.world_size * max(held) / max(sum(held), 1) if held else 1.0
+        self._take_states(states, groups)
+
+    # Layer 2: states
+
+    def _states_are_current(self, groups: Groups) -> bool:
+        keys, entries, names, values, amsgrad = self._state_seen
+        state = self.optimizer.state
+        mine = [state.entry for state in self._states]
+        return (
+            _identical(list(state), keys)
+            and _identical(list(state.values()), entries)
+            and list(chain.from_iterable(mine)) == names
+            and _identical(list(chain.from_iterable(map(_items_of, mine))), values)
+            and [group["amsgrad"] for group in groups] == amsgrad
+        )
+
+    def _find_states(self, params: Sequence[Tensor], groups: Groups) -> "list[State]":
+        """The state of each parameter; a new one where it has none."""
+        wanted, states = set(map(id, params)), []
+        for index, group in enumerate(groups):
+            for name, param in named(group, index):
+                if id(param) in wanted:
+                    entry = self.optimizer.state.get(param) or self.storage.new_state(param, group)
+                    states.append(State(index, entry, self.storage.local_state(param, name, group, entry)))
+        return states
+
+    def _take_states(self, states: "list[State]", groups: Groups) -> None:
+        mine = [state.entry for state in states]
+        state = self.optimizer.state
+        for param, entry in zip(self.params, mine, strict=True):
+            if not state.get(param):
+                state[param] = entry
+        self._states = states
+        self._state_seen = (
+            list(state),
+            list(state.values()),
+            list(chain.from_iterable(mine)),
+            list(chain.from_iterable(map(_items_of, mine))),
+            [group["amsgrad"] for group in groups],
+        )
+        self._grads_seen = None
+
+    # Layer 3: gradients
+
+    def _gradients_are_current(self, grads: Sequence[Tensor | None]) -> bool:
+        if self._grads_seen is None:
+            return False
+        before, places, count = self._grads_seen
+        return (
+            count == changes()
+            and _identical(grads, before)
+            and _places_of([grad for grad in grads if grad is not None]) == places
+        )
+
+    def _take_gradients(self, grads: Sequence[Tensor | None], groups: Groups) -> None:
+        """Look at new gradients, and lay out the updates anew unless these gradients are like those before."""
+        notes: dict[int, tuple[Tensor, Tensor, Reduced]] = {}
+        gradients, pieces, kinds = [], list[Tensor | None](), list[Any]()
+        for param, grad in zip(self.params, grads, strict=True):
+            if grad is None:
+                pieces.append(None)
+                kinds.append(None)
+                continue
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(param.shape)} has a sparse gradient, which Adam does not support: "
+                    "build its module with sparse=False"
+                )
+            divisor, reduced = 1, reduced_of(param)
+            if reduced is not None:
+                check_reduced(param, grad, reduced, self.storage.process_group)
+                notes.setdefault(id(reduced), (param, grad, reduced))
+                divisor = self.world_size if param.dim() > 0 else 1
+            piece = grad if self.world_size == 1 else shard(grad, self.world_size, self.rank)
+            gradients.append((param, grad, piece, divisor))
+            pieces.append(piece)
+            kinds.append((piece.dtype, piece.stride(), divisor))
+        alike = self._grads_seen is not None and kinds == self._kinds
+        self._grads_seen = None  # until everything below has been done
+        self.gradients, self.reduced, self._kinds = gradients, list(notes.values()), kinds
+        if alike:
+            for update, indices in self._sources:
+                update.use([piece for index in indices if (piece := pieces[index]) is not None])
+        else:
+            self._make_updates(pieces, groups)
+        self._grads_seen = (list(grads), _places_of([grad for _, grad, _, _ in gradients]), changes())
+
+    def _make_updates(self, pieces: Sequence[Tensor | None], groups: Groups) -> None:
+        positions = {id(param): index for index, param in enumerate(self.params)}
+        work: list[tuple[torch.device, dict[int, list[tuple[int, Piece]]]]] = []
+        for bucket in self.buckets:
+            of_groups: dict[int, list[tuple[int, Piece]]] = {}
+            for param, own in zip(bucket.params, bucket.pieces, strict=True):
+                index = positions[id(param)]
+                if (grad := pieces[index]) is None:
+                    continue
+                state, divisor = self._states[index], self._kinds[index][2]
+                piece = Piece(own, grad, divisor, state.local, self.storage.options.precision(param).compute)
+                of_groups.setdefault(state.group, []).append((index, piece))
+            work.append((bucket.device, of_groups))
+        for device, of_groups in work:
+            sizes = [sum(piece.param.numel() for _, piece in some) for some in of_groups.values()]
+            numel = scratch_numel(sizes, device)
+            if device not in self._scratch or self._scratch[device].numel < numel:
+                self._scratch[device] = Scratch(numel, device)
+        self.updates, self._sources = [], list[tuple[Update, list[int]]]()
+        for device, of_groups in work:
+            self.updates.append([])
+            for group, some in of_groups.items():
+                update = Update([piece for _, piece in some], groups[group], self._scratch[device])
+                self.updates[-1].append((group, update))
+                self._sources.append((update, [index for index, _ in some]))
+
+
+class State(NamedTuple):
+    """The state of one parameter."""
+
+    group: int  # the index of its param group
+    entry: dict[str, Any]  # `optimizer.state[p]`
+    local: dict[str, Tensor]  # see `Storage.local_state`
+
+
+Places = tuple[list[int], list[torch.dtype], list[tuple[int, ...]]]
+
+
+def _places_of(tensors: Sequence[Tensor]) -> Places:
+    """Where tensors lie in memory, and how."""
+    return list(map(Tensor.data_ptr, tensors)), list(map(_dtype_of, tensors)), list(map(Tensor.stride, tensors))
+
+
+def _identical(these: Sequence[Any], those: Sequence[Any]) -> bool:
+    return len(these) == len(those) and all(map(is_, these, those))
+
+
+def check_group(group: Mapping[str, Any], index: int) -> None:
+    """Raise ValueError for hyper-parameters with which torch's Adam would fail, perhaps half-way through a step."""
+    for key in ("params", *HYPERPARAMETERS, "differentiable", "decoupled_weight_decay"):
+        if key not in group:
+            raise ValueError(f"param group {index} has no {key!r}: give it one, or use optimizer.add_param_group()")
+    if len(group["betas"]) != 2:
+        raise ValueError(f"betas of param group {index} are {group['betas']}, not two numbers")
+    for key, value in (
+        *((key, group[key]) for key in ("lr", "eps", "weight_decay")),
+        *zip(("beta1", "beta2"), group["betas"], strict=True),
+    ):
+        if not isinstance(value, (float, int)) and not (isinstance(value, Tensor) and value.numel() == 1):
+            raise ValueError(f"{key} of param group {index} is {value!r}, not a number")
+    if group["differentiable"]:
+        raise ValueError("differentiable=True is not supported: the all-gather passes no gradients on")
+    if isinstance(group["lr"], Tensor) and group["foreach"] and not group["capturable"]:
+        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")

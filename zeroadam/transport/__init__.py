@@ -1,0 +1,79 @@
+"""How rows travel between the ranks: one object for each device type, chosen once.
+
+A new transport is one new file with a class that fits `Transport`, and one line in `choose`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from zeroadam.layout.rows import RowRules, Rows
+from zeroadam.transport.alone import Alone
+from zeroadam.transport.backend import Backend, backend_of
+from zeroadam.transport.gloo import Gloo, GlooOnDevice
+from zeroadam.transport.shared_memory import open_shared_memory
+
+Wait = Callable[[], None]
+Sums = Callable[[], list[Tensor]]
+
+
+class Transport(Protocol):
+    """Moves rows between the ranks of a process group. All ranks make the same calls in the same order.
+
+    `prepare_gather` and `prepare_reduce` do once what depends only on where the rows lie. What they return starts one
+    exchange each time it is called, without waiting for it.
+    """
+
+    rules: RowRules  # what the rows must be like
+    waits_in_forward: bool  # whether a gather arrives although the other ranks have gone on to something else
+    clears_others: bool  # whether a reduction leaves zero in the rows of the other ranks
+    same_on_all_ranks: bool  # whether every rank that sums a row gets the same bits
+    senders: int  # rows of scratch memory that a reduction needs for each row: one for each rank that it receives from
+
+    def prepare_gather(self, exchanges: Sequence[Rows]) -> Callable[[], list[Wait]]:
+        """Of each exchange: send row `rank` to all ranks, receive theirs. Gives one function that waits for each."""
+
+    def prepare_reduce(self, exchanges: Sequence[Rows], scratch: Sequence[Sequence[Tensor]]) -> Callable[[], Sums]:
+        """Of each exchange: send row r to rank r, receive theirs. Gives a function that waits for them and adds up.
+
+        The sum over the ranks, [numels[rank]] of each exchange, is in row `rank`, or in float32 if the rows are of a
+        lower precision. scratch: `senders` tensors like row `rank` for each exchange. All are in use until the sums
+        are there.
+        """
+
+
+def choose(process_group: dist.ProcessGroup, device_type: str) -> Transport:
+    """The transport for tensors on `device_type`. A collective.
+
+    Raises:
+        ValueError: the process group has no backend for them.
+    """
+    backend = backend_of(process_group, device_type)
+    if process_group.size() == 1:
+        return Alone()
+    if backend != "gloo":
+        return Backend(process_group)
+    if device_type != "cpu":
+        return GlooOnDevice(process_group)
+    return open_shared_memory(process_group) or Gloo(process_group)
+
+
+def row_rules(backend: str, world_size: int) -> RowRules:
+    """Of the transport that `choose` takes for tensors on the device type of a backend."""
+    return Alone.rules if world_size == 1 else Gloo.rules if backend == "gloo" else Backend.rules
+
+
+class Transports:
+    """The transports of one process group, by device type."""
+
+    def __init__(self, process_group: dist.ProcessGroup) -> None:
+        self.process_group = process_group
+        self._chosen: dict[str, Transport] = {}
+
+    def of(self, device_type: str) -> Transport:
+        """A collective the first time."""
+        if device_type not in self._chosen:
+            self._chosen[device_type] = choose(self.process_group, device_type)
+        return self._chosen[device_type]

@@ -1,0 +1,29 @@
+"""The transport of a single rank, which has nothing to send."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from zeroadam.layout.rows import RowRules, Rows
+
+
+class Alone:
+    """See `zeroadam.transport.Transport`."""
+
+    rules = RowRules(equal=False, direct_bytes=0)
+    waits_in_forward = False
+    clears_others = True
+    same_on_all_ranks = True
+    senders = 0
+
+    def prepare_gather(self, exchanges: Sequence[Rows]) -> Callable[[], list[Callable[[], None]]]:
+        arrived: list[Callable[[], None]] = [lambda: None] * len(exchanges)
+        return lambda: arrived
+
+    def prepare_reduce(
+        self,
+        exchanges: Sequence[Rows],
+        scratch: Sequence[Sequence[Tensor]],  # noqa: ARG002
+    ) -> Callable[[], Callable[[], list[Tensor]]]:
+        sums = [rows[0] for rows in exchanges]
+        return lambda: lambda: sums
