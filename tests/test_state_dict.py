@@ -187,10 +187,8 @@ def not_for_saving() -> None:
             torch.save(holder, io.BytesIO())
     with pytest.raises(RuntimeError, match=message):
         pickle.dumps(state_dict, protocol=5)
-    with pytest.raises(RuntimeError, match="cannot be pickled or copied"):
+    with pytest.raises(RuntimeError, match="cannot be pickled"):
         torch.save(optimizer, io.BytesIO())
-    with pytest.raises(RuntimeError, match="cannot be pickled or copied"):
-        copy.deepcopy(optimizer)
     state_dict["state"][0]["exp_avg"].to_local().fill_(1.0)
     copied = copy.deepcopy(optimizer.state_dict())
     assert torch.equal(copied["state"][0]["exp_avg"].to_local(), torch.ones(2, 4))
@@ -284,8 +282,9 @@ def misfits() -> None:
     with pytest.raises(
         ValueError, match=r"is cut as \(Shard\(dim=0\),\) over 1 ranks, this optimizer cuts it as .* over 2"
     ):
-        other.load_state_dict(of_one.state_dict())
+        other.load_state_dict({**other.state_dict(), "state": dict(enumerate(of_one.state.values()))})
     assert equal(snapshot(ours), before)
+    other.load_state_dict(of_one.state_dict())  # of one rank it is whole
     ours.load_state_dict(plain.state_dict())
     assert_same(ours, plain_over(mine, plain))
 

@@ -3,7 +3,8 @@
 The staging area is a matrix [W, n] whose row r holds the pieces of rank r. Each tensor has a column, as wide as its
 largest piece. So all full pieces of a tensor are one view of the staging area and one view of the tensor, [k, c, ...]
 for k ranks with full pieces, and packing or unpacking takes the same few calls whatever W is. Only a last, shorter
-piece is a view of its own. Columns with more owners stand further left, so the rows of the last ranks are shorter.
+piece is a view of its own. Columns with more full pieces stand further left, so the rows of the last ranks are shorter
+and have no gaps.
 """
 
 from collections.abc import Sequence
@@ -77,10 +78,7 @@ class Column:
     width: int  # elements of a full piece
     flat: bool  # whether the full pieces are runs of memory that follow each other
     offset: int = 0  # elements from the start of a row
-
-    @property
-    def owners(self) -> int:
-        return self.full + (self.short > 0)
+    short_offset: int = 0  # of the shorter piece, in the row of its owner
 
 
 def column_of(tensor: Tensor, world_size: int) -> Column:
@@ -105,16 +103,17 @@ class Packing:
         self.tensors, self.world_size, self.rank, self.dtype = list(tensors), world_size, rank, dtype
         self.columns = [column_of(tensor, world_size) for tensor in tensors]
         offset = 0
-        order = sorted(self.columns, key=lambda column: (-column.owners, -column.full, not column.flat))
+        order = sorted(self.columns, key=lambda column: (-column.full, not column.flat))
         for column in order:
             column.offset = offset
             offset += column.width
         self.row_numel = offset
-        # Of each rank, up to the end of the last column in which it has something.
-        ends = [
-            [column.offset + column.width for column in order if rank < column.owners] for rank in range(world_size)
-        ]
-        self.row_numels = [max(end, default=0) for end in ends]
+        # In each row the full pieces come first, then the shorter ones, so that there are no gaps.
+        self.row_numels = [sum(column.width for column in order if rank < column.full) for rank in range(world_size)]
+        for column in order:
+            if column.short:
+                column.short_offset = self.row_numels[column.full]
+                self.row_numels[column.full] += shard(column.tensor, world_size, column.full).numel()
         self.nbytes = world_size * self.row_numel * dtype.itemsize
         self.order = order
 
@@ -152,11 +151,12 @@ class Packing:
         if column.short:
             self.single[0].append(shard(tensor, self.world_size, column.full))
             row = staging[column.full]
-            self.single[1].append(_slot(row, column.offset, self.single[0][-1]))
+            self.single[1].append(_slot(row, column.short_offset, self.single[0][-1]))
 
     def slots_of(self, row: Tensor) -> Views:
         """This rank's piece of every tensor inside a row: [n] -> [c, ...] each, in the stride order of the tensor."""
-        return [_slot(row, column.offset, piece) for column, piece in zip(self.columns, self.own_pieces, strict=True)]
+        offsets = [column.offset if self.rank < column.full else column.short_offset for column in self.columns]
+        return [_slot(row, offset, piece) for offset, piece in zip(offsets, self.own_pieces, strict=True)]
 
     def pack_own(self) -> None:
         """Fill this rank's row: [c, ...] each -> [n]."""

@@ -93,17 +93,23 @@ class Storage:
                 value = state[key] = self.as_dtensor(torch.empty_like(piece).copy_(piece), whole, param)
             piece = value.to_local() if isinstance(value, DTensor) else value
             own = shard(whole, self.world_size, self.rank)
-            wanted = (whole.shape, own.shape, own.dtype, param.device, dense_strides(own))
-            if (value.shape, piece.shape, piece.dtype, piece.device, piece.stride()) != wanted:
+            found = _kind(piece, piece.device, piece.stride())
+            wanted = _kind(own, param.device, dense_strides(own))
+            if value.shape != whole.shape or found != wanted:
                 raise RuntimeError(
-                    f"{key} in the state of {name} is for shape {tuple(value.shape)}, {piece.dtype} on {piece.device}, "
-                    f"of which this rank has {tuple(piece.shape)} with strides {piece.stride()}; the parameter, "
-                    f"{param.dtype} on {param.device}, needs {tuple(whole.shape)}, {own.dtype}, {tuple(own.shape)} and "
-                    f"{dense_strides(own)}: build the optimizer after casting and moving the model, or delete "
-                    "optimizer.state[p] for the parameter to start anew"
+                    f"{key} in the state of {name} was made for another parameter than it is now, {param.dtype} of "
+                    f"shape {tuple(param.shape)} and strides {param.stride()} on {param.device}: it is {found} (shape "
+                    f"on this rank, dtype, device, strides), not {wanted}. The optimizer does not follow that: build "
+                    "it after casting and moving the model, or delete optimizer.state[p] for p to start anew"
                 )
             local[key] = piece
         return local
+
+
+def _kind(piece: Tensor, device: torch.device, strides: tuple[int, ...]) -> tuple[Any, ...]:
+    """What must be right of a piece of state; the strides of dimensions of one element mean nothing."""
+    along = tuple(stride for stride, size in zip(strides, piece.shape, strict=True) if size > 1)
+    return tuple(piece.shape), piece.dtype, str(device), along if piece.numel() else ()
 
 
 def layout(param: Tensor, name: str, precision: Precision) -> Tensor:
