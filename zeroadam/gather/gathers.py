@@ -23,7 +23,8 @@ class Gathers:
     def free_staging(self, bucket: ParamBucket) -> None:
         """Finish the gather that uses the staging memory of a bucket."""
         if bucket.packed and len(self._packed) == STAGING_SLOTS:
-            self._packed.popleft().finish()
+            with self.meter.phase("all_gather"):
+                self._packed.popleft().finish()
 
     def start(self, bucket: ParamBucket) -> None:
         """Gather what has been updated of a bucket."""
@@ -39,19 +40,20 @@ class Gathers:
 
     def end_step(self) -> None:
         """Finish those for which no forward waits."""
-        for gather in self._started:
-            gather.finish()
+        with self.meter.phase("all_gather"):
+            for gather in self._started:
+                gather.finish()
         self._started.clear()
         self._packed.clear()
 
+    @torch.no_grad()
     def finish_of(self, params: Iterable[Tensor]) -> None:
         """Finish the gathers of some parameters."""
         for param in params:
             if (gather := self.waiting.pop(param, None)) is not None:
-                gather.finish()
+                with self.meter.phase("all_gather"):
+                    gather.finish()
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Finish all gathers."""
-        while self.waiting:
-            self.waiting.pop(next(iter(self.waiting))).finish()
+        self.finish_of(list(self.waiting))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from zeroadam.layout.packing import Packing, direct_rows, split_by_size
+from zeroadam.layout.packing import Packing, direct_rows, is_dense, split_by_size
 from zeroadam.layout.rows import RowRules, Rows
 from zeroadam.layout.shard import shard
 from zeroadam.report import Meter
@@ -33,12 +33,11 @@ class ParamBucket:
         self.params = list(params)
         self.dtype, self.device = params[0].dtype, params[0].device
         tensors = [param.detach() for param in params]
-        direct = [direct_rows(tensor, world_size, rules) for tensor in tensors]
-        # Parameters that travel directly, and their rows. Those without dimensions or elements do not travel at all.
+        # Parameters that travel directly, and their rows. What every rank updates for itself does not travel at all.
+        direct = [rows_of(tensor, world_size, rules) for tensor in tensors]
         self.direct = [(p, rows) for p, rows in zip(params, direct, strict=True) if rows is not None]
-        packed = [t for t, rows in zip(tensors, direct, strict=True) if rows is None and _is_packed(t)]
-        self.packed = [p for p, t, rows in zip(params, tensors, direct, strict=True) if rows is None and _is_packed(t)]
-        self.packing = Packing(packed, world_size, rank, self.dtype)
+        self.packed = [param for param in params if is_packed(param.detach(), world_size, rules)]
+        self.packing = Packing([param.detach() for param in self.packed], world_size, rank, self.dtype)
         self.staging_bytes = self.packing.nbytes
         # Elements that each rank owns, and bytes of each rank's rows.
         self.numels = [sum(shard(tensor, world_size, r).numel() for tensor in tensors) for r in range(world_size)]
@@ -73,24 +72,21 @@ class ParamBucket:
         """Send this rank's rows and receive the others'."""
         meter.count(*self.bytes_of_gather())
         waits = self._start()
-        return [Gather(params, wait, unpack, meter) for (params, unpack), wait in zip(self.groups, waits, strict=True)]
+        return [Gather(params, wait, unpack) for (params, unpack), wait in zip(self.groups, waits, strict=True)]
 
 
 class Gather:
     """Parameters [d0, ...] of which the other ranks' pieces are on their way; `finish` may be called again."""
 
-    def __init__(
-        self, params: Sequence[Tensor], wait: Callable[[], None], unpack: Callable[[], None] | None, meter: Meter
-    ) -> None:
-        self.params, self.wait, self.unpack, self.meter, self.done = params, wait, unpack, meter, False
+    def __init__(self, params: Sequence[Tensor], wait: Callable[[], None], unpack: Callable[[], None] | None) -> None:
+        self.params, self.wait, self.unpack, self.done = params, wait, unpack, False
 
     def finish(self) -> None:
         if not self.done:
             self.done = True
-            with self.meter.phase("all_gather"), torch.no_grad():
-                self.wait()
-                if self.unpack is not None:
-                    self.unpack()
+            self.wait()
+            if self.unpack is not None:
+                self.unpack()
 
 
 def make_buckets(
@@ -100,10 +96,10 @@ def make_buckets(
 
     rules: of the transport for a parameter.
     """
-    direct = [direct_rows(param.detach(), world_size, rules(param)) is not None for param in params]
+    packed = [is_packed(param.detach(), world_size, rules(param)) for param in params]
     buckets = []
     for kind in (True, False):
-        for some in split_by_size([p for p, d in zip(params, direct, strict=True) if d is not kind], cap_bytes):
+        for some in split_by_size([p for p, is_one in zip(params, packed, strict=True) if is_one is kind], cap_bytes):
             buckets.append(ParamBucket(some, rank, world_size, rules(some[0])))
     return buckets
 
@@ -129,6 +125,13 @@ def use_staging(buckets: Sequence[ParamBucket], transport: Callable[[Tensor], Tr
         bucket.use(staging, transport(bucket.params[0]))
 
 
-def _is_packed(tensor: Tensor) -> bool:
-    """Whether a tensor that does not travel directly travels at all, or has to be made dense for Adam."""
-    return tensor.dim() > 0 and tensor.numel() > 0
+def rows_of(tensor: Tensor, world_size: int, rules: RowRules) -> Rows | None:
+    """The rows of a parameter that travels directly."""
+    return direct_rows(tensor, world_size, rules) if world_size > 1 else None
+
+
+def is_packed(tensor: Tensor, world_size: int, rules: RowRules) -> bool:
+    """Whether a parameter is updated in a staging area: to travel there, or as Adam's kernels want it without gaps."""
+    if world_size == 1:
+        return not is_dense(tensor)
+    return tensor.dim() > 0 and tensor.numel() > 0 and rows_of(tensor, world_size, rules) is None
