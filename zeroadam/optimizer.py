@@ -3,7 +3,7 @@
 import copy
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, NoReturn, cast, overload
+from typing import Any, NoReturn, overload
 
 import torch
 import torch.distributed as dist
@@ -253,7 +253,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
     @property
     def join_device(self) -> torch.device:
-        return cast(Tensor, self.param_groups[0]["params"][0]).device
+        every = (param.device for group in self.param_groups for param in group["params"])
+        return next(every, torch.device("cpu"))
 
     @property
     def join_process_group(self) -> dist.ProcessGroup:

@@ -31,6 +31,7 @@ HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", 
 _grad_of, _dtype_of, _items_of = attrgetter("grad"), attrgetter("dtype"), methodcaller("values")
 
 Groups = Sequence[dict[str, Any]]
+Kind = tuple[torch.dtype, tuple[int, ...], int]
 
 
 class StepPlan:
@@ -59,6 +60,9 @@ class StepPlan:
         self._states: list[State] = []
         self._state_seen: Any = None
         self._grads_seen: Any = None
+        # What the updates were laid out for: dtype, strides and divisor of each gradient, and where each comes from.
+        self._kinds: list[Kind | None] = []
+        self._sources: list[tuple[Update, list[int]]] = []
         self._scratch: dict[torch.device, Scratch] = {}
 
     def follow(self) -> None:
@@ -176,7 +180,7 @@ class StepPlan:
     def _take_gradients(self, grads: Sequence[Tensor | None], groups: Groups) -> None:
         """Look at new gradients, and lay out the updates anew unless these gradients are like those before."""
         notes: dict[int, tuple[Tensor, Tensor, Reduced]] = {}
-        gradients, pieces, kinds = [], list[Tensor | None](), list[Any]()
+        gradients, pieces, kinds = [], list[Tensor | None](), list[Kind | None]()
         for param, grad in zip(self.params, grads, strict=True):
             if grad is None:
                 pieces.append(None)
@@ -201,7 +205,7 @@ class StepPlan:
         self.gradients, self.reduced, self._kinds = gradients, list(notes.values()), kinds
         if alike:
             for update, indices in self._sources:
-                update.use([piece for index in indices if (piece := pieces[index]) is not None])
+                update.use([own for index in indices if (own := pieces[index]) is not None])
         else:
             self._make_updates(pieces, groups)
         self._grads_seen = (list(grads), _places_of([grad for _, grad, _, _ in gradients]), changes())
@@ -213,10 +217,11 @@ class StepPlan:
             of_groups: dict[int, list[tuple[int, Piece]]] = {}
             for param, own in zip(bucket.params, bucket.pieces, strict=True):
                 index = positions[id(param)]
-                if (grad := pieces[index]) is None:
+                own_grad, kind = pieces[index], self._kinds[index]
+                if own_grad is None or kind is None:
                     continue
-                state, divisor = self._states[index], self._kinds[index][2]
-                piece = Piece(own, grad, divisor, state.local, self.storage.options.precision(param).compute)
+                state, compute = self._states[index], self.storage.options.precision(param).compute
+                piece = Piece(own, own_grad, kind[2], state.local, compute)
                 of_groups.setdefault(state.group, []).append((index, piece))
             work.append((bucket.device, of_groups))
         for device, of_groups in work:
@@ -224,7 +229,7 @@ class StepPlan:
             numel = scratch_numel(sizes, device)
             if device not in self._scratch or self._scratch[device].numel < numel:
                 self._scratch[device] = Scratch(numel, device)
-        self.updates, self._sources = [], list[tuple[Update, list[int]]]()
+        self.updates, self._sources = [], []
         for device, of_groups in work:
             self.updates.append([])
             for group, some in of_groups.items():

@@ -55,7 +55,8 @@ def _norm_of(gradients: Sequence[Gradient], norm_type: float, rank: int, device:
             dtype = torch.promote_types(some[0].dtype, torch.float32)
             of_pieces = torch.stack(torch._foreach_norm(some, norm_type, dtype=dtype))
             norms.append(of_pieces.to(norms[0]) / divisor)
-    return torch.linalg.vector_norm(torch.cat(norms), norm_type)
+    total: Tensor = torch.linalg.vector_norm(torch.cat(norms), norm_type)
+    return total
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

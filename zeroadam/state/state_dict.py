@@ -226,8 +226,10 @@ def gather_state(optimizer: Optimizer, storage: Storage, whole: dict[Any, Any] |
             gather_to(value.to_local(), pieces, to, storage.process_group)
         elif target is not None and isinstance(value, Tensor):  # which every rank has
             target.copy_(value.to_local() if isinstance(value, DTensor) else value)
-    for param in {param: None for param, _, _ in _entries(optimizer)} if whole is not None else ():
-        dequantize_entry(whole[param])
+    for entry in (
+        [] if whole is None else [whole[param] for param in {param: None for param, _, _ in _entries(optimizer)}]
+    ):
+        dequantize_entry(entry)
 
 
 def describe_state(optimizer: Optimizer) -> Manifest:

@@ -93,13 +93,13 @@ class Storage:
                 value = state[key] = self.as_dtensor(torch.empty_like(piece).copy_(piece), whole, param)
             piece = value.to_local() if isinstance(value, DTensor) else value
             own = shard(whole, self.world_size, self.rank)
-            found = _kind(piece, piece.device, piece.stride())
-            wanted = _kind(own, param.device, dense_strides(own))
-            if value.shape != whole.shape or found != wanted:
+            has = _kind(piece, piece.device, piece.stride())
+            needs = _kind(own, param.device, dense_strides(own))
+            if value.shape != whole.shape or has != needs:
                 raise RuntimeError(
                     f"{key} in the state of {name} was made for another parameter than it is now, {param.dtype} of "
-                    f"shape {tuple(param.shape)} and strides {param.stride()} on {param.device}: it is {found} (shape "
-                    f"on this rank, dtype, device, strides), not {wanted}. The optimizer does not follow that: build "
+                    f"shape {tuple(param.shape)} and strides {param.stride()} on {param.device}: it is {has} (shape "
+                    f"on this rank, dtype, device, strides), not {needs}. The optimizer does not follow that: build "
                     "it after casting and moving the model, or delete optimizer.state[p] for p to start anew"
                 )
             local[key] = piece

@@ -92,7 +92,7 @@ class Update:
         own = [pieces[index] for index in self.indices]
         self.amsgrad = bool(group["amsgrad"])
         self.step_copies: tuple[list[Tensor], list[Tensor]] = ([], [])  # copies, and what they are copies of
-        self.kernel = _triton_update() if own and own[0].param.is_cuda else None
+        self.kernel: Any = _triton_update() if own and own[0].param.is_cuda else None
         self.for_kernel = {
             index: piece
             for index, piece in enumerate(own)

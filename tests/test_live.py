@@ -1,0 +1,371 @@
+"""What a user does to `param_groups`, `state`, parameters and gradients counts at the next step, exactly as in torch.
+
+Random programs of such changes, steps, saves and loads run on our optimizer and on torch.optim.AdamW, which is fed the
+same mean gradients. Parameters and states are equal to the bit after every step. In bfloat16 with masters, the
+reference is torch's AdamW on float32 copies; with 8-bit moments it is ours on a single rank.
+"""
+
+import copy
+import os
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from zeroadam import ZeroAdamW, reduce_scatter_hook
+from zeroadam.layout.rows import RowRules
+from zeroadam.transport import shared_memory
+from zeroadam.transport.gloo import Gloo
+
+EXAMPLES = int(os.environ.get("ZEROADAM_TEST_PROGRAMS", "25"))
+MODES = ("plain", "fresh gradients", "hook", "master", "8bit")
+SHAPES = [(), (3,), (2, 6), (5, 4), (0, 3), (40, 8), (41, 8), (4, 3, 2)]
+ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6, "fused": False}
+
+
+def full(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+class Both:
+    """Our optimizer and the reference, over parameters of their own, to which the same is done."""
+
+    def __init__(self, mode: str) -> None:
+        self.mode, self.count, self.rank, self.world_size = mode, 0, dist.get_rank(), dist.get_world_size()
+        self.model: nn.Module | None = None
+        self.modelled: list[nn.Parameter] = []
+        self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = [self.new(index) for index in range(6)]
+        self.unused = [self.new(index) for index in range(6, 9)]
+        options: dict[str, Any] = {}
+        if mode == "master":
+            options = {"master_dtype": torch.float32}
+        elif mode == "8bit":
+            options = {"state_dtype": torch.uint8}
+        cut = (2, 4)
+        first, second, third = self.pairs[: cut[0]], self.pairs[cut[0] : cut[1]], self.pairs[cut[1] :]
+        groups = [[{"params": [pair[i] for pair in some]} for some in (first, second, third)] for i in range(2)]
+        for of_one in groups:
+            of_one[1]["lr"], of_one[2]["weight_decay"] = 3e-2, 0.0
+        self.ours = ZeroAdamW(groups[0], **ADAMW, **options, bucket_cap_mb=0.0005)
+        if mode == "8bit":
+            self.plain: Any = ZeroAdamW(groups[1], **ADAMW, **options, process_group=ALONE[0])
+        else:
+            self.plain = torch.optim.AdamW(groups[1], **ADAMW)
+
+    def new(self, index: int) -> tuple[nn.Parameter, nn.Parameter]:
+        generator = torch.Generator().manual_seed(index)
+        value = torch.randn(SHAPES[index % len(SHAPES)], generator=generator)
+        if self.mode == "8bit" and index % 2:
+            value = torch.randn(64, 64, generator=generator)
+        if self.mode == "master":
+            value = value.bfloat16()
+        return nn.Parameter(value), nn.Parameter(value.float())
+
+    def pair(self, which: int) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.pairs[which % len(self.pairs)]
+
+    def groups(self, which: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        index = which % len(self.ours.param_groups)
+        return self.ours.param_groups[index], self.plain.param_groups[index]
+
+    def place(self, pair: tuple[nn.Parameter, nn.Parameter]) -> tuple[int, int]:
+        for g, group in enumerate(self.ours.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param is pair[0]:
+                    return g, i
+        raise AssertionError
+
+    def restart(self, pair: tuple[nn.Parameter, nn.Parameter]) -> None:
+        """The reference's copy has been deleted with the state, and begins as the parameter."""
+        if self.mode == "master":
+            pair[1].data.copy_(pair[0].data)
+
+    # ---- what a user does ----
+
+    def step(self, seed: int, without: int) -> None:
+        generators = [torch.Generator().manual_seed(1000 * seed + r) for r in range(self.world_size)]
+        factors: list[list[Tensor]] = []
+        for index, (mine, _) in enumerate(self.pairs):
+            drawn = [torch.randn(mine.shape, generator=g).to(mine.dtype).float() for g in generators]
+            factors.append(drawn if without % 7 != index or self.mode == "hook" else [])
+        if self.mode == "hook":
+            self.backward(factors)
+        for (mine, theirs), drawn in zip(self.pairs, factors, strict=True):
+            if not drawn:
+                mine.grad = theirs.grad = None
+                continue
+            total = drawn[0]
+            for other in drawn[1:]:
+                total = total + other
+            mean = total / self.world_size
+            if self.mode == "master":
+                mean = mean.bfloat16().float()
+            theirs.grad = mean.clone()
+            if self.mode == "hook":
+                continue
+            if mine.grad is None or self.mode == "fresh gradients":
+                mine.grad = mean.to(mine.dtype, copy=True)
+            else:
+                with torch.no_grad():
+                    mine.grad.copy_(mean)
+        self.ours.step()
+        self.plain.step()
+        if self.mode == "master":
+            for (mine, theirs), drawn in zip(self.pairs, factors, strict=True):
+                assert not drawn or torch.equal(mine, theirs.bfloat16())
+        self.check()
+
+    def backward(self, factors: list[list[Tensor]]) -> None:
+        """Through DDP over the parameters there are now, whose gradients are the factors."""
+        params = [mine for mine, _ in self.pairs]
+        if len(params) != len(self.modelled) or any(a is not b for a, b in zip(params, self.modelled, strict=True)):
+            self.modelled = params
+            module = nn.Module()
+            for index, param in enumerate(params):
+                module.register_parameter(str(index), param)
+            module.forward = lambda given: sum(  # type: ignore[method-assign]
+                (p * f).sum() for p, f in zip(module.parameters(), given, strict=True)
+            )
+            self.model = DistributedDataParallel(module, gradient_as_bucket_view=True)
+            self.model.register_comm_hook(self.ours, reduce_scatter_hook)
+        self.ours.zero_grad()
+        assert self.model is not None
+        self.model([drawn[self.rank] for drawn in factors]).backward()
+
+    def reverse_groups(self, *_: int) -> None:
+        self.ours.param_groups.reverse()
+        self.plain.param_groups.reverse()
+
+    def move_param(self, which: int, to: int) -> None:
+        pair = self.pair(which)
+        g, i = self.place(pair)
+        for optimizer in (self.ours, self.plain):
+            param = optimizer.param_groups[g]["params"].pop(i)
+            optimizer.param_groups[to % len(optimizer.param_groups)]["params"].append(param)
+
+    def remove_param(self, which: int, keep_state: int) -> None:
+        if len(self.pairs) < 3:
+            return
+        pair = self.pair(which)
+        g, i = self.place(pair)
+        for optimizer, param in zip((self.ours, self.plain), pair, strict=True):
+            del optimizer.param_groups[g]["params"][i]
+            if keep_state % 2:
+                optimizer.state.pop(param, None)
+        if keep_state % 2:
+            self.restart(pair)
+        self.pairs = [other for other in self.pairs if other is not pair]
+        self.unused.append(pair)
+
+    def add_group(self, which: int, lr: int) -> None:
+        if self.unused:
+            pair = self.unused.pop(which % len(self.unused))
+            for optimizer, param in zip((self.ours, self.plain), pair, strict=True):
+                optimizer.add_param_group({"params": [param], "lr": 1e-3 * (1 + lr % 5)})
+            self.pairs.append(pair)
+
+    def append_param(self, which: int, to: int) -> None:
+        if self.unused:
+            pair = self.unused.pop(which % len(self.unused))
+            for group, param in zip(self.groups(to), pair, strict=True):
+                group["params"].append(param)
+            self.pairs.append(pair)
+
+    def exchange_param(self, which: int, keep_state: int) -> None:
+        """As for a vocabulary that grows, or a layer that is replaced."""
+        old = self.pair(which)
+        g, i = self.place(old)
+        self.count += 1
+        new = tuple(nn.Parameter(torch.randn_like(p)) for p in old)
+        new[1].data.copy_(new[0].data.copy_(torch.full_like(old[0], 0.1 * self.count)))
+        for optimizer, before, after in zip((self.ours, self.plain), old, new, strict=True):
+            optimizer.param_groups[g]["params"][i] = after
+            state = optimizer.state.pop(before, None)
+            if keep_state % 2 and state and self.mode != "master":
+                optimizer.state[after] = state
+        self.pairs[which % len(self.pairs)] = new  # type: ignore[call-overload]
+
+    def replace_group(self, which: int, _: int) -> None:
+        index = which % len(self.ours.param_groups)
+        for optimizer in (self.ours, self.plain):
+            optimizer.param_groups[index] = {**optimizer.param_groups[index], "lr": 5e-3}
+
+    def remove_group(self, which: int, _: int) -> None:
+        if len(self.ours.param_groups) > 2 and len(self.pairs) > 4:
+            mine, _ = self.groups(which)
+            gone = [pair for pair in self.pairs if any(pair[0] is p for p in mine["params"])]
+            self.pairs = [pair for pair in self.pairs if not any(pair is other for other in gone)]
+            for optimizer in (self.ours, self.plain):
+                optimizer.param_groups.pop(which % len(optimizer.param_groups))
+            self.unused += gone
+
+    def clear_state(self, how: int, which: int) -> None:
+        if how % 3 == 0:
+            self.ours.state.clear()
+            self.plain.state.clear()
+        elif how % 3 == 1:
+            self.ours.state, self.plain.state = defaultdict(dict), defaultdict(dict)
+        for pair in self.pairs if how % 3 < 2 else [self.pair(which)]:
+            for optimizer, param in zip((self.ours, self.plain), pair, strict=True):
+                optimizer.state.pop(param, None)
+            self.restart(pair)
+        if how % 3 < 2:
+            for pair in self.unused:
+                self.restart(pair)
+
+    def replace_entries(self, which: int, how: int) -> None:
+        """As frameworks do that move a state, or with a whole tensor in place of what there was."""
+        for optimizer, param in zip((self.ours, self.plain), self.pair(which), strict=True):
+            for key, value in list(optimizer.state.get(param, {}).items()):
+                if how % 2 and key == "exp_avg" and self.mode != "8bit":
+                    like = param.detach().float()
+                    optimizer.state[param][key] = torch.full_like(like, 0.25)
+                else:
+                    optimizer.state[param][key] = value.clone()
+
+    def change_state(self, which: int, how: int) -> None:
+        for optimizer, param in zip((self.ours, self.plain), self.pair(which), strict=True):
+            state = optimizer.state.get(param)
+            if state and how % 2:
+                state["step"].add_(3)
+            elif state and "exp_avg" in state:
+                state["exp_avg"].mul_(0.5)
+
+    def set_hyperparameter(self, which: int, what: int) -> None:
+        changes: list[tuple[str, Any]] = [
+            ("lr", 2e-2),
+            ("lr", torch.tensor(1.5e-2)),
+            ("betas", (0.8, 0.95)),
+            ("eps", 1e-4),
+            ("weight_decay", 0.2),
+            ("maximize", True),
+            ("maximize", False),
+        ]
+        key, value = changes[what % len(changes)]
+        for group in self.groups(which):
+            group[key] = copy.copy(value)
+
+    def set_amsgrad(self, which: int, value: int) -> None:
+        if self.mode == "8bit":
+            return
+        for optimizer, group in zip((self.ours, self.plain), self.groups(which), strict=True):
+            group["amsgrad"] = bool(value % 2)
+            for param in group["params"]:
+                optimizer.state.pop(param, None)
+        for pair in self.pairs:
+            if any(pair[0] is param for param in self.groups(which)[0]["params"]):
+                self.restart(pair)
+
+    def foreign_entry(self, value: int, _: int) -> None:
+        self.ours.state["mine"] = self.plain.state["mine"] = value
+
+    def change_param(self, which: int, how: int) -> None:
+        mine, theirs = self.pair(which)
+        if self.mode == "master":
+            return  # what a parameter is set to, its master becomes: see test_master.py
+        for param in (mine, theirs):
+            with torch.no_grad():
+                if how % 2:
+                    param.data = param.data * 0.5
+                else:
+                    param.mul_(0.5)
+
+    def freeze(self, which: int, value: int) -> None:
+        if self.mode != "hook":  # DDP wants to know what is trained when it is built
+            for param in self.pair(which):
+                param.requires_grad_(bool(value % 2))
+
+    def save_and_load(self, how: int, _: int) -> None:
+        if any(isinstance(p, Tensor) and not any(p is m for m, _ in self.pairs) for p in self.ours.state):
+            return  # torch's state_dict() has a KeyError then
+        if self.mode in ("plain", "fresh gradients", "hook") and how % 3 == 0:
+            self.ours.load_state_dict(copy.deepcopy(self.plain.state_dict()))
+        elif how % 3 == 1:
+            self.ours.load_state_dict(self.ours.state_dict())
+        else:
+            saved = copy.deepcopy(self.ours.state_dict())
+            self.ours.load_state_dict(saved)
+        self.plain.load_state_dict(copy.deepcopy(self.plain.state_dict()))
+
+    def clip(self, seed: int, _: int) -> None:
+        """Nothing but a look at gradients, if they are small enough."""
+        self.ours.clip_grad_norm_(1e6 + seed)
+
+    def check(self) -> None:
+        for mine, theirs in self.pairs:
+            assert torch.equal(mine, theirs.to(mine.dtype)), f"a parameter of shape {tuple(mine.shape)}"
+            expected = self.plain.state.get(theirs, {})
+            for key, value in expected.items():
+                assert torch.equal(full(self.ours.state[mine][key]), full(value)), f"{key} of shape {tuple(mine.shape)}"
+        assert self.ours.state.get("mine") == self.plain.state.get("mine")
+
+
+ALONE: list[dist.ProcessGroup] = []
+OPERATIONS = [name for name in vars(Both) if not name.startswith("_")]
+for helper in ("new", "pair", "groups", "place", "restart", "backward", "check"):
+    OPERATIONS.remove(helper)
+Program = list[tuple[str, int, int]]
+PROGRAMS = st.lists(
+    st.tuples(
+        st.sampled_from([name for name in OPERATIONS if name != "step"] + ["step"] * 6),
+        st.integers(0, 20),
+        st.integers(0, 20),
+    ),
+    max_size=14,
+)
+
+
+def run(mode: str, program: Program) -> None:
+    both = Both(mode)
+    for name, *arguments in [("step", 0, 9), *program, ("step", 99, 9)]:
+        getattr(both, name)(*arguments)
+    dist.barrier()
+
+
+def run_all(mode: str, examples: int) -> None:
+    """Rank 0 makes the programs up, and learns how they ended on every rank, so that it can shrink them."""
+    for cls in (Gloo, shared_memory.SharedMemory):
+        cls.rules = RowRules(equal=False, direct_bytes=512)  # so that small parameters travel directly as well
+    ALONE[:] = [dist.new_group([rank], use_local_synchronization=True) for rank in [dist.get_rank()]]
+
+    def everywhere(program: Program) -> None:
+        dist.broadcast_object_list([program])
+        attempt(program)
+
+    def attempt(program: Program) -> None:
+        error = None
+        try:
+            run(mode, program)
+        except Exception as caught:
+            error = caught
+        failures: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}")
+        if dist.get_rank() == 0 and error is not None:
+            raise error
+        assert dist.get_rank() > 0 or not any(failures), failures
+
+    if dist.get_rank() > 0:
+        received: list[Any] = [None]
+        dist.broadcast_object_list(received)
+        while received[0] is not None:
+            attempt(received[0])
+            dist.broadcast_object_list(received)
+        return
+    checks = settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    try:
+        checks(given(PROGRAMS)(everywhere))()
+    finally:
+        dist.broadcast_object_list([None])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_random_programs_end_as_with_torch(run_ranks: Any, mode: str, world_size: int) -> None:
+    run_ranks(run_all, world_size, mode, EXAMPLES, timeout=600 + EXAMPLES)
