@@ -29,13 +29,32 @@ CONTEXT.set_forkserver_preload(["hypothesis", "pytest", "torch._dynamo", "torch.
 GRACE_SECONDS = 5
 
 
+# How rows travel between the ranks of a test: through shared memory, through gloo's sockets, or by the collectives of a
+# backend of its own. The last is gloo under another name, so that the code path of NCCL runs on CPU tensors.
+TRANSPORTS = ("shared memory", "sockets", "backend")
+
+
 def _rank(
-    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, file: str, answer: Connection
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    file: str,
+    answer: Connection,
+    transport: str,
 ) -> None:
     torch.set_num_threads(1)
     try:
+        if transport == "sockets":
+            os.environ["ZEROADAM_SHARED_MEMORY"] = "0"
+        backend = "gloo"
+        if transport == "backend":
+            backend = "nccllike"
+            dist.Backend.register_backend(
+                backend, lambda store, r, size, timeout: dist.ProcessGroupGloo(store, r, size, timeout), devices=["cpu"]
+            )
         dist.init_process_group(
-            "gloo", init_method=f"file://{file}", rank=rank, world_size=world_size, timeout=timedelta(seconds=30)
+            backend, init_method=f"file://{file}", rank=rank, world_size=world_size, timeout=timedelta(seconds=30)
         )
         result = (None, function(*args))
         dist.barrier()  # nobody leaves while another still needs it
@@ -47,7 +66,9 @@ def _rank(
     os._exit(0)
 
 
-def _run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90) -> list[Any]:
+def _run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90, transport: str = "shared memory"
+) -> list[Any]:
     """Run `function(*args)` on `world_size` ranks and return their results in rank order.
 
     An exception on any rank fails the test with that rank's traceback.
@@ -57,7 +78,7 @@ def _run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeou
         for rank in range(world_size):
             receive, send = CONTEXT.Pipe(duplex=False)
             process = CONTEXT.Process(
-                target=_rank, args=(function, args, rank, world_size, f"{folder}/store", send), daemon=True
+                target=_rank, args=(function, args, rank, world_size, f"{folder}/store", send, transport), daemon=True
             )
             process.start()
             send.close()

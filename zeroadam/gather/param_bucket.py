@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from zeroadam.layout.packing import Packing, direct_rows, is_dense, split_by_size
+from zeroadam.layout.packing import Packing, direct_rows, is_packed, split_by_size
 from zeroadam.layout.rows import RowRules, Rows
 from zeroadam.layout.shard import shard
 from zeroadam.report import Meter
@@ -34,7 +34,7 @@ class ParamBucket:
         self.dtype, self.device = params[0].dtype, params[0].device
         tensors = [param.detach() for param in params]
         # Parameters that travel directly, and their rows. What every rank updates for itself does not travel at all.
-        direct = [rows_of(tensor, world_size, rules) for tensor in tensors]
+        direct = [direct_rows(tensor, world_size, rules) for tensor in tensors]
         self.direct = [(p, rows) for p, rows in zip(params, direct, strict=True) if rows is not None]
         self.packed = [param for param in params if is_packed(param.detach(), world_size, rules)]
         self.packing = Packing([param.detach() for param in self.packed], world_size, rank, self.dtype)
@@ -123,15 +123,3 @@ def use_staging(buckets: Sequence[ParamBucket], transport: Callable[[Tensor], Tr
                 memory[slot] = torch.zeros(largest, dtype=torch.uint8, device=bucket.device)
             staging, count = memory[slot], count + 1
         bucket.use(staging, transport(bucket.params[0]))
-
-
-def rows_of(tensor: Tensor, world_size: int, rules: RowRules) -> Rows | None:
-    """The rows of a parameter that travels directly."""
-    return direct_rows(tensor, world_size, rules) if world_size > 1 else None
-
-
-def is_packed(tensor: Tensor, world_size: int, rules: RowRules) -> bool:
-    """Whether a parameter is updated in a staging area: to travel there, or as Adam's kernels want it without gaps."""
-    if world_size == 1:
-        return not is_dense(tensor)
-    return tensor.dim() > 0 and tensor.numel() > 0 and rows_of(tensor, world_size, rules) is None

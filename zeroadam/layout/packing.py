@@ -35,13 +35,13 @@ def adjoins(tensor: Tensor, world_size: int) -> bool:
     dim = shard_dim(tensor.shape, world_size)
     if dim is None or not is_dense(tensor):
         return False
-    return world_size == 1 or tensor.shape[dim] == 1 or tensor.stride(dim) * tensor.shape[dim] == tensor.numel()
+    return tensor.shape[dim] == 1 or tensor.stride(dim) * tensor.shape[dim] == tensor.numel()
 
 
 def direct_rows(tensor: Tensor, world_size: int, rules: RowRules) -> Rows | None:
-    """The pieces of `tensor` as rows that travel from and into where they lie; None if they must be packed."""
+    """The pieces of `tensor` as rows that travel from and into where they lie; None if they do not."""
     dim = shard_dim(tensor.shape, world_size)
-    if dim is None or not adjoins(tensor, world_size):
+    if world_size == 1 or dim is None or not adjoins(tensor, world_size):
         return None
     numels = [
         shard_range(tensor.shape[dim], world_size, rank)[1] * (tensor.numel() // max(tensor.shape[dim], 1))
@@ -50,6 +50,16 @@ def direct_rows(tensor: Tensor, world_size: int, rules: RowRules) -> Rows | None
     if numels[0] * tensor.itemsize < rules.direct_bytes or (rules.equal and numels[-1] != numels[0]):
         return None
     return Rows(flat(tensor), numels[0], numels)
+
+
+def is_packed(param: Tensor, world_size: int, rules: RowRules) -> bool:
+    """Whether a parameter is updated in a staging area: to travel there, or as Adam's kernels want it without gaps.
+
+    What does neither has no elements, or every rank updates all of it: at W = 1, and if it has no dimensions.
+    """
+    if world_size == 1:
+        return not is_dense(param)
+    return param.dim() > 0 and param.numel() > 0 and direct_rows(param, world_size, rules) is None
 
 
 def split_by_size(tensors: Sequence[Tensor], cap_bytes: float) -> list[list[Tensor]]:

@@ -41,12 +41,9 @@ class GradBucket:
         dtype = wire_dtype or grads[0].dtype
         rows_of = [direct_rows(g, self.world_size, transport.rules) if g.dtype == dtype else None for g in grads]
         self.direct: list[Rows] = [rows for rows in rows_of if rows is not None]
-        self.packing = Packing(
-            [g for g, rows in zip(grads, rows_of, strict=True) if rows is None and g.numel()],
-            self.world_size,
-            self.rank,
-            dtype,
-        )
+        travels = self.world_size > 1 or dtype != grads[0].dtype
+        packed = [g for g, rows in zip(grads, rows_of, strict=True) if travels and rows is None and g.numel()]
+        self.packing = Packing(packed, self.world_size, self.rank, dtype)
         self.zero_dim = [grad for grad in grads if grad.dim() == 0]
         own = [rows.numels[self.rank] for rows in self.direct]
         row_numels = self.packing.row_numels
@@ -82,14 +79,15 @@ class GradBucket:
         for part in received.split(self.received_numels):
             scratch.append(list(part.view(self.transport.senders, -1)) if self.transport.senders else [])
         self._start = self.transport.prepare_reduce(self.exchanges, scratch) if self.exchanges else lambda: list
+        self.own = [rows[self.rank] for rows in self.direct]
         self.others = [run for rows in self.direct for run in rows.others(self.rank) if run.numel()]
 
     def finish(self) -> None:
         """Wait, and leave the sums in this rank's pieces of the gradients, zero elsewhere, means in 0-d ones."""
         sums = self.sums()
-        for rows, total in zip(self.direct, sums, strict=False):
-            if total.data_ptr() != rows[self.rank].data_ptr():
-                rows[self.rank].copy_(total)
+        for own, total in zip(self.own, sums, strict=False):
+            if total.data_ptr() != own.data_ptr():
+                own.copy_(total)
         if self.others and not self.transport.clears_others:
             torch._foreach_zero_(self.others)
         if self.packing.tensors:
