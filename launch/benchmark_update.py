@@ -10,7 +10,8 @@ from torch import nn
 
 from zeroadam.options import Options
 from zeroadam.state.storage import moments
-from zeroadam.update.adam import Scratch, Update, scratch_numel
+from zeroadam.update.adam import Update, scratch_numel
+from zeroadam.update.block import Scratch
 from zeroadam.update.piece import Piece
 from zeroadam.update.rounding import bitsandbytes
 

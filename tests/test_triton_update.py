@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zeroadam.update.adam import Scratch, Update
+from zeroadam.update.adam import Update
+from zeroadam.update.block import Scratch
 from zeroadam.update.master import join, split
 from zeroadam.update.piece import Piece
 

@@ -10,7 +10,8 @@ from torch import nn
 
 import zeroadam.update.adam
 from zeroadam import ZeroAdamW
-from zeroadam.update.adam import Scratch, Update
+from zeroadam.update.adam import Update
+from zeroadam.update.block import Scratch
 from zeroadam.update.piece import Piece
 
 # Far less than a piece, and no divisor of any.

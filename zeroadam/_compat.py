@@ -1,19 +1,36 @@
 """Every private name of torch that is used here, each with why. A test asks whether all of them are there."""
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
-# The number of the backward that is running, -1 outside of one: a hook has to tell one backward from the next, and
+# The number of the backward that is running, -1 outside of one. A hook has to tell one backward from the next, and
 # forward hooks the forward from its repetition by activation checkpointing. There is no public way to ask.
 current_graph_task_id = torch._C._current_graph_task_id
 
-# Calls a function at the end of the backward that is running; DDP and FSDP do the same.
+# Calls a function at the end of the backward that is running. DDP and FSDP do the same.
 queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 
-# Lists of tensors in one call. They are what torch's own optimizers and clipping are made of.
-FOREACH = ("_foreach_add_", "_foreach_copy_", "_foreach_div_", "_foreach_mul_", "_foreach_norm", "_foreach_zero_")
+
+def timeout_of(process_group: dist.ProcessGroup, device_type: str) -> float:
+    """The seconds after which the group's backend for a device gives up."""
+    seconds: float = process_group._get_backend(torch.device(device_type)).options._timeout.total_seconds()
+    return seconds
 
 
-def version_of(tensor: Tensor) -> int:
-    """The number of in-place changes of a tensor and all that share its counter."""
-    return tensor._version
+# Used where they are needed.
+PRIVATE = {
+    "_C": "see above",
+    "_current_graph_task_id": "see above",
+    "_execution_engine": "see above",
+    "_get_backend": "see above",
+    "_timeout": "see above",
+    "_version": "how often a tensor was changed in place: whether a gradient is still what the hook wrote",
+    "_foreach_add_": "lists of tensors in one call; torch's own optimizers and clipping are made of these",
+    "_foreach_copy_": "likewise",
+    "_foreach_div_": "likewise",
+    "_foreach_mul_": "likewise",
+    "_foreach_norm": "likewise",
+    "_foreach_zero_": "likewise",
+    "_join_config": "of Joinable: whether this is inside of Join, which asks the model first",
+    "_per_optimizer_states": "of GradScaler: the infinities that it found, on which the ranks have to agree",
+}

@@ -1,4 +1,7 @@
-"""Adam and AdamW with their state sharded over the ranks. Read `step` first."""
+"""Adam and AdamW with their state sharded over the ranks. Read `step` first.
+
+More than 300 lines, as most of them are the signatures and docstrings of all that is public.
+"""
 
 import copy
 from collections import defaultdict
@@ -196,7 +199,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         params = {param for group in self.param_groups for param in group["params"]} & set(model.parameters())
         if not params:
             raise ValueError("gather_in_forward() needs the model whose parameters this optimizer holds")
-        self._gathers.in_forward |= params
+        self._gathers.in_forward.update(dict.fromkeys(params, True))
+        for bucket in self._plan.buckets:
+            bucket.in_forward = None
         ForwardGather(self._gathers).watch(model)
 
     def finish_gather(self) -> None:

@@ -24,10 +24,12 @@ from zeroadam.reduce.ownership import Reduced, changes, check_reduced, reduced_o
 from zeroadam.state.agreement import check_supported, named
 from zeroadam.state.storage import Storage
 from zeroadam.transport import Transports
-from zeroadam.update.adam import Scratch, Update, scratch_numel
+from zeroadam.update.adam import Update, scratch_numel
+from zeroadam.update.block import Scratch, try_group
 from zeroadam.update.piece import Piece
 
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "capturable", "fused")
+FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "fused", "differentiable", "decoupled_weight_decay")
+KEYS = ("params", "lr", "betas", "eps", "weight_decay", *FLAGS)
 _grad_of, _dtype_of, _items_of = attrgetter("grad"), attrgetter("dtype"), methodcaller("values")
 
 Groups = Sequence[dict[str, Any]]
@@ -57,6 +59,7 @@ class StepPlan:
         self._lengths: list[int] = []
         self._frozen: list[Tensor] = []
         self._places: Places = ([], [], [])
+        self._settings: list[tuple[Any, ...]] = []
         self._states: list[State] = []
         self._state_seen: Any = None
         self._grads_seen: Any = None
@@ -72,8 +75,7 @@ class StepPlan:
             RuntimeError or ValueError: it cannot be followed. Neither parameters nor states have changed.
         """
         groups = self.optimizer.param_groups
-        for index, group in enumerate(groups):
-            check_group(group, index)
+        settings = [check_group(group, index) for index, group in enumerate(groups)]
         if not self._buckets_are_current(groups):
             self._lay_out_buckets(groups)
         elif not self._states_are_current(groups):
@@ -83,6 +85,21 @@ class StepPlan:
             self._take_gradients(grads, groups)
         for param, grad, reduced in self.reduced:
             check_reduced(param, grad, reduced, self.storage.process_group)
+        if settings != self._settings:
+            self._try_groups(groups)
+            self._settings = settings
+
+    def _try_groups(self, groups: Groups) -> None:
+        """Raise what torch's Adam raises for the settings of a param group, before a step has changed anything."""
+        for index, group in enumerate(groups):
+            if group["differentiable"]:
+                raise ValueError("differentiable=True is not supported: the all-gather passes no gradients on")
+            kinds = {(self.storage.options.precision(p).compute, p.device) for p in group["params"]}
+            for dtype, device in kinds:
+                try:
+                    try_group(group, dtype, device)
+                except Exception as error:
+                    raise ValueError(f"torch's Adam refuses param group {index}: {error}") from error
 
     def accept_changes(self) -> None:
         """Take the gradients as they are now for what the hook wrote; for changes that all ranks make alike."""
@@ -258,20 +275,20 @@ def _identical(these: Sequence[Any], those: Sequence[Any]) -> bool:
     return len(these) == len(those) and all(map(is_, these, those))
 
 
-def check_group(group: Mapping[str, Any], index: int) -> None:
-    """Raise ValueError for hyper-parameters with which torch's Adam would fail, perhaps half-way through a step."""
-    for key in ("params", *HYPERPARAMETERS, "differentiable", "decoupled_weight_decay"):
+def check_group(group: Mapping[str, Any], index: int) -> tuple[Any, ...]:
+    """What Adam must accept of a param group, but for numbers, which may change at every step.
+
+    Raises:
+        ValueError: something is missing, or is not a number.
+    """
+    for key in KEYS:
         if key not in group:
             raise ValueError(f"param group {index} has no {key!r}: give it one, or use optimizer.add_param_group()")
-    if len(group["betas"]) != 2:
-        raise ValueError(f"betas of param group {index} are {group['betas']}, not two numbers")
-    for key, value in (
-        *((key, group[key]) for key in ("lr", "eps", "weight_decay")),
-        *zip(("beta1", "beta2"), group["betas"], strict=True),
-    ):
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas of param group {index} are {betas}, not two numbers")
+    numbers = (group["lr"], group["eps"], group["weight_decay"], *betas)
+    for key, value in zip(("lr", "eps", "weight_decay", "beta1", "beta2"), numbers, strict=True):
         if not isinstance(value, (float, int)) and not (isinstance(value, Tensor) and value.numel() == 1):
             raise ValueError(f"{key} of param group {index} is {value!r}, not a number")
-    if group["differentiable"]:
-        raise ValueError("differentiable=True is not supported: the all-gather passes no gradients on")
-    if isinstance(group["lr"], Tensor) and group["foreach"] and not group["capturable"]:
-        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+    return (*(group[key] for key in FLAGS), *map(type, numbers))

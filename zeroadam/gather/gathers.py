@@ -5,18 +5,19 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from zeroadam.gather.param_bucket import STAGING_SLOTS, Gather, ParamBucket
 from zeroadam.report import Meter
 
 
 class Gathers:
-    """Starts and finishes gathers; `in_forward` are the parameters for which modules wait in their forward."""
+    """Starts and finishes gathers."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
-        self.in_forward: set[Tensor] = set()
-        self.waiting: dict[Tensor, Gather] = {}  # of parameters in `in_forward`
+        self.in_forward = WeakTensorKeyDictionary()  # the parameters for which modules wait in their forward
+        self.waiting: dict[Tensor, Gather] = {}  # of such parameters
         self._packed: deque[Gather] = deque()  # in the order of their staging memory
         self._started: list[Gather] = []
 
@@ -32,8 +33,10 @@ class Gathers:
             started = bucket.start_gather(self.meter)
         if bucket.packed:
             self._packed.append(started[-1])
-        for gather in started:
-            if bucket.waits_in_forward and self.in_forward and all(param in self.in_forward for param in gather.params):
+        if bucket.in_forward is None:
+            bucket.in_forward = [all(map(self.in_forward.__contains__, gather.params)) for gather in started]
+        for gather, in_forward in zip(started, bucket.in_forward, strict=True):
+            if in_forward and bucket.waits_in_forward:
                 self.waiting.update(dict.fromkeys(gather.params, gather))
             else:
                 self._started.append(gather)

@@ -39,6 +39,7 @@ class ParamBucket:
         self.packed = [param for param in params if is_packed(param.detach(), world_size, rules)]
         self.packing = Packing([param.detach() for param in self.packed], world_size, rank, self.dtype)
         self.staging_bytes = self.packing.nbytes
+        self.in_forward: list[bool] | None = None  # which of its gathers a forward waits for, once that is known
         # Elements that each rank owns, and bytes of each rank's rows.
         self.numels = [sum(shard(tensor, world_size, r).numel() for tensor in tensors) for r in range(world_size)]
         packed_numels = self.packing.row_numels

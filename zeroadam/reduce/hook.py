@@ -18,7 +18,7 @@ from zeroadam._compat import current_graph_task_id, queue_callback
 from zeroadam.layout.packing import is_dense, split_by_size
 from zeroadam.reduce.grad_bucket import GradBucket
 from zeroadam.reduce.join import in_join
-from zeroadam.reduce.ownership import Owner, Reduced, owners_of, reduced_of
+from zeroadam.reduce.ownership import Owner, Reduced, held_params, owners_of, reduced_of
 from zeroadam.report import Meter
 from zeroadam.transport import Transports
 
@@ -136,14 +136,19 @@ class Reduction:
         return taken
 
     def _know(self, bucket: dist.GradBucket, owner: Owner, wire_dtype: torch.dtype | None) -> list[GradBucket]:
-        """Lay a new bucket out, and forget those that had its parameters before DDP rebuilt them."""
+        """Lay a new bucket out. Forget those that had its parameters before, and those of parameters no longer held."""
         self._check_views(bucket)
         params = bucket.parameters()
         for holder in owners_of(params, self.process_group, owner):
             # torch.amp.GradScaler then leaves unscaling and infinities to step(), which refuses: see there.
             holder._step_supports_amp_scaling = True
         old = {reduced.storage for reduced in map(reduced_of, params) if reduced is not None}
-        self.known = {address: parts for address, parts in self.known.items() if address not in old}
+        held = held_params()
+        self.known = {
+            address: parts
+            for address, parts in self.known.items()
+            if address not in old and all(id(param) in held for part in parts for param in part.params)
+        }
         parts, address = self._parts(bucket, wire_dtype), bucket.buffer().data_ptr()
         if address in self.seen:
             self.known[address] = parts

@@ -91,6 +91,12 @@ def register(owner: Owner) -> None:
     _owners[:] = [other for other in _owners if other() is not None] + [weakref.ref(owner)]
 
 
+def held_params() -> set[int]:
+    """The ids of all parameters that are in a param group of some optimizer."""
+    owners = (reference() for reference in _owners)
+    return {id(p) for owner in owners if owner is not None for group in owner.param_groups for p in group["params"]}
+
+
 def owners_of(
     params: Sequence[Tensor], process_group: dist.ProcessGroup | None = None, first: Owner | None = None
 ) -> list[Owner]:

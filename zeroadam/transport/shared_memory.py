@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zeroadam._compat import timeout_of
 from zeroadam.layout.rows import RowRules, Rows
 from zeroadam.transport.backend import DIRECT_BYTES
-from zeroadam.transport.gloo import sum_rows
+from zeroadam.transport.messages import Message, cut, sum_lists
 
 SLOT_BYTES = 2**20
 MESSAGES_IN_FLIGHT = 3
@@ -87,7 +88,7 @@ class SharedMemory:
     def prepare_gather(self, exchanges: Sequence[Rows]) -> Callable[[], list[Callable[[], None]]]:
         """See `zeroadam.transport.Transport`: one function waits for all exchanges, as they share messages."""
         posts = []
-        for message in _cut(exchanges, SLOT_BYTES):
+        for message in cut(exchanges, SLOT_BYTES):
 
             def write(slot: Tensor, message: Message = message) -> None:
                 message.write(slot, self.rank)
@@ -120,7 +121,7 @@ class SharedMemory:
             return slot[index * share : (index + 1) * share]
 
         posts = []
-        for message in _cut(exchanges, share):
+        for message in cut(exchanges, share):
 
             def write(slot: Tensor, message: Message = message) -> None:
                 for rank in self.pipes:
@@ -134,7 +135,7 @@ class SharedMemory:
                     else message.views(part_of(slot, rank, self.rank), self.rank)
                     for rank, slot in enumerate(slots)
                 ]
-                total = _sum_lists(rows, self.rank)
+                total = sum_lists(rows, self.rank)
                 if total is not rows[self.rank]:
                     for (row, start, stop), part in zip(message.runs, total, strict=True):
                         sums[row][start:stop] = part
@@ -180,61 +181,6 @@ class SharedMemory:
         self.read += 1
 
 
-class Message:
-    """Runs of rows, of which those of one rank follow each other in a slot."""
-
-    def __init__(self, exchanges: Sequence[Rows], runs: Sequence[tuple[int, int, int]]) -> None:
-        self.runs = runs  # (row, start, stop) in elements; a rank whose row is shorter has fewer of them
-        ranks = range(len(exchanges[0]))
-        self.parts = [[exchanges[row][rank][start:stop] for row, start, stop in runs] for rank in ranks]
-        self.numels = [[part.numel() for part in parts] for parts in self.parts]
-
-    def write(self, slot: Tensor, rank: int) -> None:
-        """Copy the parts of a rank into a slot, uint8 [n]."""
-        target = slot.view(self.parts[rank][0].dtype)[: sum(self.numels[rank])]
-        torch.cat(self.parts[rank], out=target)
-
-    def views(self, slot: Tensor, rank: int) -> list[Tensor]:
-        """The parts of a rank in a slot, uint8 [n]."""
-        numels = self.numels[rank]
-        return list(slot.view(self.parts[rank][0].dtype)[: sum(numels)].split(numels))
-
-
-def _cut(exchanges: Sequence[Rows], capacity: int) -> list[Message]:
-    """Messages of at most `capacity` bytes for any rank; as many, of the same runs, on every rank."""
-    capacity //= exchanges[0].memory.itemsize
-    messages: list[list[tuple[int, int, int]]] = []
-    room = 0
-    for row, rows in enumerate(exchanges):
-        start, numel = 0, max(rows.numels)
-        while start < numel:
-            if room == 0:
-                messages.append([])
-                room = capacity
-            stop = min(numel, start + room)
-            messages[-1].append((row, start, stop))
-            room -= stop - start
-            start = stop
-    return [Message(exchanges, runs) for runs in messages]
-
-
-def _sum_lists(rows: Sequence[list[Tensor]], rank: int) -> list[Tensor]:
-    """The sums over all ranks, in rank order: in place of this rank's tensors, or in float32 for lower precisions."""
-    if rows[rank][0].itemsize < 4:
-        return [
-            sum_rows(own, [others[index] for other, others in enumerate(rows) if other != rank], rank)
-            for index, own in enumerate(rows[rank])
-        ]
-    total = rows[0]
-    for source in range(1, len(rows)):
-        if source == rank:  # a + b is b + a
-            torch._foreach_add_(rows[rank], total)
-            total = rows[rank]
-        else:
-            torch._foreach_add_(total, rows[source])
-    return total
-
-
 def open_shared_memory(process_group: dist.ProcessGroup) -> SharedMemory | None:
     """Join the memory of all ranks; None on every rank, and a line in the log, where that cannot be. A collective.
 
@@ -271,8 +217,8 @@ def open_shared_memory(process_group: dist.ProcessGroup) -> SharedMemory | None:
                 )
             return None
     pipes = {other: (offered.readers[other], opened[other]) for other in opened}
-    timeout = process_group._get_backend(torch.device("cpu")).options._timeout
-    return SharedMemory(rank, regions, pipes, timeout.total_seconds())
+    timeout = timeout_of(process_group, "cpu")
+    return SharedMemory(rank, regions, pipes, timeout)
 
 
 class _Offer:
