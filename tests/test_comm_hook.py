@@ -525,7 +525,7 @@ def bounded_staging() -> None:
         model.zero_grad()
     staging = sum(memory.nbytes for memory in optimizer.reduction.memory.values())
     assert 0 < staging <= 3 * 26 * 2**20 / 2  # this rank's half of three parts; the model has 120 MB
-    held = sum(part.grads[0].untyped_storage().nbytes() for (part, *_) in optimizer.reduction.known.values())
+    held = optimizer.reduction.held_bytes()
     assert held == sum(param.nbytes for param in model.parameters())  # none of the buckets before DDP rebuilt them
 
 

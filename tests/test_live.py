@@ -6,8 +6,13 @@ reference is torch's AdamW on float32 copies; with 8-bit moments it is ours on a
 """
 
 import copy
+import gc
+import io
 import os
+import re
+import weakref
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from zeroadam import ZeroAdamW, reduce_scatter_hook
 from zeroadam.layout.rows import RowRules
-from zeroadam.transport import shared_memory
+from zeroadam.transport import Backend, shared_memory
 from zeroadam.transport.gloo import Gloo
 
 EXAMPLES = int(os.environ.get("ZEROADAM_TEST_PROGRAMS", "25"))
@@ -331,8 +336,8 @@ def run(mode: str, program: Program) -> None:
 
 def run_all(mode: str, examples: int) -> None:
     """Rank 0 makes the programs up, and learns how they ended on every rank, so that it can shrink them."""
-    for cls in (Gloo, shared_memory.SharedMemory):
-        cls.rules = RowRules(equal=False, direct_bytes=512)  # so that small parameters travel directly as well
+    for cls in (Gloo, shared_memory.SharedMemory, Backend):
+        cls.rules = RowRules(cls.rules.equal, direct_bytes=512)  # so that small parameters travel directly as well
     ALONE[:] = [dist.new_group([rank], use_local_synchronization=True) for rank in [dist.get_rank()]]
 
     def everywhere(program: Program) -> None:
@@ -369,3 +374,195 @@ def run_all(mode: str, examples: int) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_random_programs_end_as_with_torch(run_ranks: Any, mode: str, world_size: int) -> None:
     run_ranks(run_all, world_size, mode, EXAMPLES, timeout=600 + EXAMPLES)
+
+
+@pytest.mark.parametrize("transport", ["sockets", "backend"])
+@pytest.mark.parametrize("mode", MODES)
+def test_random_programs_on_other_transports(run_ranks: Any, mode: str, transport: str) -> None:
+    run_ranks(run_all, 2, mode, EXAMPLES, timeout=600 + EXAMPLES, transport=transport)
+
+
+def exchanged(hook: bool) -> None:
+    """A vocabulary that grows: the old parameter is no longer trained, gathered, kept in memory, or paid for."""
+    net = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 8))
+    optimizer = ZeroAdamW(net.parameters(), lr=0.1)
+    gone, sent = [], []
+    for words in (200, 200, 200, 200):
+        old = net[0].weight
+        net[0] = nn.Embedding(words, 64)
+        for param in net.parameters():
+            dist.broadcast(param.data, 0)
+        optimizer.param_groups[0]["params"][0] = net[0].weight
+        optimizer.state.pop(old, None)
+        gone.append(weakref.ref(old))
+        del old
+        model = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        if hook:
+            model.register_comm_hook(optimizer, reduce_scatter_hook)
+        for _ in range(3):
+            before = net[0].weight.detach().clone()
+            model(torch.arange(words)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert not torch.equal(net[0].weight, before)
+        sent.append(optimizer.report().sent)
+        del model, param
+    gc.collect()
+    assert all(reference() is None for reference in gone)
+    assert len(optimizer.state) == 3
+    assert len(set(sent)) == 1
+    assert optimizer.reduction.held_bytes() <= 2 * sum(param.nbytes for param in net.parameters())
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_nothing_stays_of_a_parameter_that_was_exchanged(run_ranks: Any, hook: bool) -> None:
+    run_ranks(exchanged, 2, hook)
+
+
+def set_group(key: str, value: Any) -> Callable[[ZeroAdamW], Any]:
+    return lambda optimizer: optimizer.param_groups[1].update({key: value})
+
+
+def set_state(key: str, change: Callable[[Any], Any]) -> Callable[[ZeroAdamW], Any]:
+    def edit(optimizer: ZeroAdamW) -> None:
+        state = optimizer.state[optimizer.param_groups[1]["params"][1]]
+        state[key] = change(state[key])
+
+    return edit
+
+
+REFUSED: dict[str, tuple[Callable[[ZeroAdamW], Any], str]] = {
+    "no lr": (lambda o: o.param_groups[1].pop("lr"), "param group 1 has no 'lr'"),
+    "only params": (lambda o: o.param_groups.append({"params": []}), "param group 2 has no 'lr'"),
+    "text": (set_group("eps", "x"), "eps of param group 1 is 'x', not a number"),
+    "one beta": (set_group("betas", (0.9,)), "not two numbers"),
+    "no betas": (set_group("betas", 0.9), "not two numbers"),
+    "two rates": (set_group("lr", torch.ones(2)), "not a number"),
+    "differentiable": (set_group("differentiable", True), "differentiable=True is not supported"),
+    "capturable": (
+        lambda o: o.param_groups[1].update(capturable=True, fused=False),
+        "torch's Adam refuses param group 1: If capturable=True",
+    ),
+    "foreach, tensor": (
+        lambda o: o.param_groups[1].update(foreach=True, fused=False, lr=torch.tensor(0.1)),
+        "torch's Adam refuses param group 1: lr as a Tensor is not supported",
+    ),
+    "twice": (
+        lambda o: o.param_groups[1]["params"].append(o.param_groups[0]["params"][0]),
+        "some parameters appear in more than one param group",
+    ),
+    "twice in one": (
+        lambda o: o.param_groups[1]["params"].append(o.param_groups[1]["params"][0]),
+        "group 1 holds a parameter twice",
+    ),
+    "complex": (
+        lambda o: o.param_groups[1]["params"].append(nn.Parameter(torch.ones(2, dtype=torch.complex64))),
+        "parameter 2 of group 1 is complex",
+    ),
+    "meta": (
+        lambda o: o.param_groups[1]["params"].append(nn.Parameter(torch.ones(2, device="meta"))),
+        "parameter 2 of group 1 is on the meta device",
+    ),
+    "sparse": (
+        lambda o: o.param_groups[1]["params"].append(nn.Parameter(torch.ones(2, 2).to_sparse())),
+        "parameter 2 of group 1 is sparse",
+    ),
+    "amsgrad": (set_group("amsgrad", True), "max_exp_avg_sq in the state of parameter 0 of group 1 is missing"),
+    "half a state": (
+        lambda o: o.state[o.param_groups[1]["params"][1]].pop("exp_avg"),
+        "exp_avg in the state of parameter 1 of group 1 is missing",
+    ),
+    "a step that is none": (set_state("step", float), "step in the state of parameter 1 of group 1 is a float"),
+    "a state cast": (set_state("exp_avg", lambda t: t.bfloat16()), "exp_avg in the state of parameter 1 of group 1"),
+    "a state of another shape": (set_state("exp_avg", lambda _: torch.ones(3)), "exp_avg in the state of parameter 1"),
+    "a sparse gradient": (
+        lambda o: setattr(o.param_groups[1]["params"][1], "grad", torch.ones(7, 5).to_sparse()),
+        "has a sparse gradient",
+    ),
+}
+
+
+def refused() -> None:
+    for name, (edit, message) in REFUSED.items():
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape)) for shape in [(4, 2), (), (6,), (7, 5)]]
+        optimizer = ZeroAdamW([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        edit(optimizer)
+        before = [param.detach().clone() for param in params]
+        states = [{key: full(value) for key, value in optimizer.state[param].items()} for param in params]
+        states = copy.deepcopy(states)
+        for _ in range(2):
+            with pytest.raises((ValueError, RuntimeError)) as raised:
+                optimizer.step()
+                pytest.fail(f"{name}: was taken")
+            assert re.search(message, str(raised.value)), name
+        assert all(torch.equal(param, b) for param, b in zip(params, before, strict=True)), name
+        for param, state in zip(params, states, strict=True):
+            for key, value in state.items():
+                now = full(optimizer.state[param][key])
+                assert now == value if isinstance(value, float) else torch.equal(now, value), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_cannot_be_followed_is_refused_before_anything_changes(run_ranks: Any, world_size: int) -> None:
+    """Nothing in parameters or states is another, not even a count of steps; the same at the second try."""
+    run_ranks(refused, world_size)
+
+
+def copied() -> None:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(6, 5), gradient_as_bucket_view=True)
+    optimizer = ZeroAdamW(model.parameters(), lr=0.1)
+    model.register_comm_hook(optimizer, reduce_scatter_hook)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        for _ in range(3):
+            model(torch.ones(2, 6)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [param.detach().clone() for param in model.parameters()]
+
+    train(model, optimizer)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    other_model, other = copy.deepcopy((model, optimizer))
+    assert all(a is not b for a, b in zip(other_model.parameters(), model.parameters(), strict=True))
+    other_model.register_comm_hook(other, reduce_scatter_hook)
+    mine = train(model, optimizer)
+    theirs = train(other_model, other)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert set(other.state) == set(other_model.parameters())
+
+
+def test_a_model_with_the_hook_and_its_optimizer_can_be_copied(run_ranks: Any) -> None:
+    """The copies train as the originals do, and apart from them."""
+    run_ranks(copied, 2)
+
+
+def alone() -> None:
+    params, others = ([nn.Parameter(torch.arange(12.0).view(3, 4)), nn.Parameter(torch.ones(()))] for _ in range(2))
+    optimizer = ZeroAdamW(params, lr=0.1, fused=False)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    plain = torch.optim.AdamW(others, lr=0.5, fused=False)
+    plain.load_state_dict(torch.load(file)["optimizer"])
+    for param, other in zip(params, others, strict=True):
+        other.data.copy_(param.data)
+        other.grad = torch.ones_like(param)
+    optimizer.step()
+    plain.step()
+    assert all(torch.equal(param, other) for param, other in zip(params, others, strict=True))
+    optimizer.load_state_dict(plain.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_one_process_saves_its_state_dict_as_torch_does(run_ranks: Any) -> None:
+    """Nothing is elsewhere, so nothing has to be gathered, and torch.optim.AdamW loads what was saved."""
+    run_ranks(alone, 1)

@@ -130,6 +130,11 @@ class Reduction:
         """Whether the hook has run."""
         return bool(self.seen or self.joined)
 
+    def held_bytes(self) -> int:
+        """The bytes of the DDP buckets that are known; DDP holds those that it still uses itself."""
+        buffers = {address: parts[0].grads[0].untyped_storage().nbytes() for address, parts in self.known.items()}
+        return sum(buffers.values())
+
     def take_joined(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters and gradients that came to this rank without inputs since the last call."""
         taken, self.joined = self.joined, []

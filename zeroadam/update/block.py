@@ -201,7 +201,11 @@ def run_adam(
 
 def try_group(group: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
     """Run Adam on one number, so that it raises here for hyper-parameters that it refuses."""
-    numbers = {name: [torch.zeros(1, dtype=dtype, device=device)] for name in ("weight", "grad", *MOMENTS)}
+    numbers: dict[str, Views] = {
+        name: [torch.zeros(1, dtype=dtype, device=device)] for name in ("weight", "grad", *MOMENTS)
+    }
+    if not group["amsgrad"]:
+        numbers["max_exp_avg_sq"] = []
     on_device = group["fused"] or group["capturable"]
     steps = [torch.zeros((), device=device if on_device else "cpu")]
     run_adam(numbers["weight"], numbers["grad"], numbers, steps, group)
