@@ -4,6 +4,7 @@
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 launch/benchmark.py --checkpoint /dev/shm/checkpoints
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=1 launch/benchmark.py --kernel
     OMP_NUM_THREADS=1 python launch/benchmark.py --sweep --plot growth.png
+    OMP_NUM_THREADS=1 python launch/benchmark.py --host 300 2000
 
 The implementations take turns, step by step, so that whatever else the machine is doing meets all of them alike. Each
 step of each is compared with the step of DDP + fused AdamW in the same round. How much memory each needs is found
@@ -175,12 +176,21 @@ def main() -> None:
     parser.add_argument("--params", nargs="+", type=float, default=[20], help="with --kernel: millions of a shard")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--sweep", action="store_true", help="without torchrun: sizes and numbers of ranks, for growth")
+    parser.add_argument(
+        "--host", nargs="+", type=int, metavar="N", help="without torchrun: host time for N tiny parameters"
+    )
     parser.add_argument("--alone", choices=installed(), metavar="NAME", help="train with one implementation alone")
     parser.add_argument("--store", help=argparse.SUPPRESS)
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
     args = parser.parse_args()
     if args.sweep:
         sweep(args)
+        return
+    if args.host:
+        from benchmark_host import table
+
+        rows = list(table(args.host, args.steps))
+        show(rows, f"host time of parameters of 8 x 8, process CPU, medians of {args.steps} steps", args)
         return
     if "RANK" not in os.environ:
         parser.error("start it with torchrun: torchrun --standalone --nproc_per_node=2 launch/benchmark.py")
@@ -200,7 +210,8 @@ def main() -> None:
         for numel in args.params:
             rows = list(measure(int(numel * 1e6), args.steps, device))
             if dist.get_rank() == 0:
-                show(rows, int(numel * 1e6), args, f"the update of a shard of them, {args.steps} times, beside a copy")
+                what = f"the update of a shard of them, {args.steps} times, beside a copy"
+                show(rows, title_of(int(numel * 1e6), what), args)
         leave()
         return
     if args.checkpoint:
@@ -209,7 +220,7 @@ def main() -> None:
         numel = numel_of(args.width, args.layers, args.context)
         for rows in (saving(args, device), snapshots(args, device)):
             if dist.get_rank() == 0:
-                show(rows, numel, args, f"{args.steps} rounds in {args.checkpoint}")
+                show(rows, title_of(numel, f"{args.steps} rounds in {args.checkpoint}"), args)
         leave()
         return
     if args.alone:
@@ -230,7 +241,7 @@ def main() -> None:
             implementation.step(tokens)
     rows = results(implementations, peaks, args, device)
     if dist.get_rank() == 0:
-        show(rows, numel, args, f"{args.steps} steps; ratios to {REFERENCE}")
+        show(rows, title_of(numel, f"{args.steps} steps; ratios to {REFERENCE}"), args)
         if args.plot:
             from draw_benchmark import bars
 
@@ -248,18 +259,22 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def show(rows: list[dict[str, Any]], numel: int, args: argparse.Namespace, what: str) -> None:
+def title_of(numel: int, what: str) -> str:
+    return f"{numel / 1e6:.1f} M parameters, {dist.get_world_size()} ranks, {what}"
+
+
+def show(rows: list[dict[str, Any]], title: str, args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{numel / 1e6:.1f} M parameters, {dist.get_world_size()} ranks, {what}")
+    table = Table(title=title)
     for index, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=160).print(table)
     if args.json:
-        args.json.write_text(json.dumps({"parameters": numel, "ranks": dist.get_world_size(), "rows": rows}, indent=1))
+        args.json.write_text(json.dumps({"title": title, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -497,7 +497,6 @@ def refused() -> None:
         for _ in range(2):
             with pytest.raises((ValueError, RuntimeError)) as raised:
                 optimizer.step()
-                pytest.fail(f"{name}: was taken")
             assert re.search(message, str(raised.value)), name
         assert all(torch.equal(param, b) for param, b in zip(params, before, strict=True)), name
         for param, state in zip(params, states, strict=True):
