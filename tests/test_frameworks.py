@@ -6,7 +6,7 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
-from test_launch import ROOT, torchrun
+from commands import ROOT, torchrun
 
 SCRIPTS = dict(
     zip(

@@ -274,7 +274,7 @@ class Both:
     def change_param(self, which: int, how: int) -> None:
         mine, theirs = self.pair(which)
         if self.mode == "master":
-            return  # what a parameter is set to, its master becomes: see test_master.py
+            return  # what a parameter is set to, its master becomes: see update/test_master.py
         for param in (mine, theirs):
             with torch.no_grad():
                 if how % 2:

@@ -8,7 +8,7 @@ import struct
 import pytest
 import torch
 import torch.distributed as dist
-from test_shared_memory import rows_of
+from given_rows import rows_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_launch import ROOT, output_of
+from commands import ROOT, output_of
 
 DIFFS = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/coming_from.md").read_text(), re.DOTALL)
 

@@ -2,23 +2,17 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_checkpoint import Net, application, build, steps
-from test_optimizer import assert_same
-from test_state_dict import OPTIONS, equal, trained
+from adam_reference import assert_same
+from checkpoint_nets import Net, application, build, steps
+from commands import COMMAND, zeroadam
+from state_checks import OPTIONS, equal, trained
 from torch import nn
-
-COMMAND = Path(sys.executable).with_name("zeroadam")
-
-
-def zeroadam(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([COMMAND, *arguments], capture_output=True, text=True, timeout=60)
 
 
 def write(folder: str, kinds: list[str]) -> dict[str, Any]:

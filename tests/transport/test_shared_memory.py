@@ -7,18 +7,17 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from given_rows import rows_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
-from zeroadam.layout.rows import Rows
 from zeroadam.transport import shared_memory
 from zeroadam.transport.shared_memory import SharedMemory, open_shared_memory
 
@@ -44,16 +43,6 @@ def descriptors() -> list[str]:
         except FileNotFoundError:  # of the listing itself
             continue
     return [target for target in found if "zeroadam-" in target]
-
-
-def rows_of(given: Iterable[Tensor]) -> Rows:
-    """Rows of any length, in memory of their own."""
-    rows = list(given)
-    pitch = max(row.numel() for row in rows)
-    memory = torch.zeros(len(rows), pitch, dtype=rows[0].dtype)
-    for place, row in zip(memory, rows, strict=True):
-        place[: row.numel()] = row
-    return Rows(memory.view(-1), pitch, [row.numel() for row in rows])
 
 
 def transport_of(optimizer: ZeroAdamW) -> Any:

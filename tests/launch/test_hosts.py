@@ -6,16 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from commands import ROOT, SMALL, environment, final, newest_step, on_one_host, torchrun, until
 from hosts import Hosts, can_make_hosts
-from test_faults import final, newest_step
-from test_launch import ROOT, SMALL, environment, torchrun
 from train import GPT, batch, loss_of, read_text
 
 pytestmark = pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc for network namespaces")
@@ -27,21 +24,6 @@ def start(hosts: Hosts, index: int, nodes: str, log: Path, *arguments: str) -> s
     with log.open("a") as file:
         command += [f"{ROOT}/launch/train.py", *arguments]
         return hosts.start(index, command, stdout=file, stderr=file, env=environment(log.parent))
-
-
-def until(what: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.05)
-
-
-def on_one_host(ranks: int, folder: Path, *arguments: str) -> dict[str, Any]:
-    """What launch/train.py finds where nothing happens to it."""
-    done = torchrun(ranks, f"{ROOT}/launch/train.py", *arguments, "--json", f"{folder}/one.json")
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads((folder / "one.json").read_text())
-    return found
 
 
 @pytest.mark.parametrize("count", [2, 4])

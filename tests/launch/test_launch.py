@@ -1,47 +1,16 @@
 """The training run and the README's code, started as a user starts them: by torchrun."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from commands import ROOT, SMALL, TORCHRUN, environment, output_of, torchrun
 from hosts import can_make_hosts
-
-ROOT = Path(__file__).parents[1]
-RUN_SECONDS = 200  # at most; alone on the machine some 20
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-SMALL = [
-    *("--width", "32", "--heads", "2", "--layers", "1", "--context", "32", "--batch-size", "4"),
-    *("--eval-every", "10", "--eval-batches", "2", "--sample", "20", "--data", str(ROOT / "zeroadam")),
-]
-
-
-def environment(folder: Path | str) -> dict[str, str]:
-    """For a torchrun that leaves the folder for its logs there, as it never removes it."""
-    return {**os.environ, "TMPDIR": str(folder)}
-
-
-def torchrun(world_size: int, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    arguments = [*TORCHRUN, f"--nproc-per-node={world_size}", *command]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment(folder)
-        ) as process,
-    ):
-        try:
-            out, err = process.communicate(timeout=RUN_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its workers, which are sessions of their own
-            out, err = process.communicate(timeout=35)
-            pytest.fail(f"no end after {RUN_SECONDS} s:\n{out}\n{err}")
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 def train(*options: str, world_size: int = 2) -> tuple[list[float], list[int]]:
@@ -147,16 +116,6 @@ def test_ctrl_c_ends_it_with_one_message(tmp_path: Path) -> None:
 
 PAGES = ("README.md", "docs/checkpoints.md")  # those in docs/frameworks.md have tests of their own
 SCRIPTS = [s for page in PAGES for s in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)]
-
-
-def output_of(script: str, folder: Path) -> str:
-    """What a script of a page prints on two ranks."""
-    (folder / "script.py").write_text(script)
-    done = torchrun(2, "script.py", cwd=folder)
-    if "terminate called without an active exception" in done.stderr:  # pytorch#56297, at exit: see launch/train.py
-        done = torchrun(2, "script.py", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=range(len(SCRIPTS)))

@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from commands import ROOT, SMALL, environment, newest_step, on_one_host, until
 from hosts import Hosts, can_make_hosts
-from test_faults import newest_step
-from test_hosts import on_one_host, until
-from test_launch import ROOT, SMALL, environment
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "nsenter", "unshare")
 pytestmark = pytest.mark.skipif(

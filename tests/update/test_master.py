@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from test_main import zeroadam
-from test_optimizer import PLAIN, assert_same_on_all_ranks, full, parameters, set_gradients
-from test_state_dict import equal
+from adam_reference import full, set_gradients
+from commands import zeroadam
+from master_reference import OPTIONS, WAYS, compare, float_copies, low_precision, master_of, train
+from state_checks import equal
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
@@ -19,12 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from zeroadam import ZeroAdam, ZeroAdamW, checkpoint, reduce_scatter_hook
 from zeroadam.update.master import join, split
-
-OPTIONS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-6, "fused": False}
-WAYS: dict[str, dict[str, Any]] = {
-    "master": {"master_dtype": torch.float32},
-    "remainder": {"master_dtype": torch.float32, "store_param_remainders": True},
-}
 
 
 def test_a_remainder_holds_every_float32_to_the_last_bit() -> None:
@@ -46,69 +41,6 @@ def test_a_remainder_holds_every_float32_to_the_last_bit() -> None:
     assert torch.equal(param[~is_nan & ~is_half], numbers.to(torch.bfloat16)[~is_nan & ~is_half])
     halves = is_half & ~is_nan
     assert torch.equal(param[halves].view(torch.int16), ((bits[halves] >> 16) + 1).to(torch.int16))  # away from zero
-
-
-def rounded(master: Tensor, param: Tensor, way: str) -> Tensor:
-    if way == "remainder" and param.dtype == torch.bfloat16:
-        result = torch.empty_like(param)
-        split(master, result, torch.empty_like(param), torch.empty_like(param, dtype=torch.int32))
-        return result
-    return master.to(param.dtype)
-
-
-def master_of(optimizer: ZeroAdam, param: Tensor) -> Tensor:
-    """[d0, ...] float32, from whatever there is."""
-    state = optimizer.state[param]
-    if "remainder" in state:
-        assert param.dtype == torch.bfloat16
-        return join(param.detach(), full(state["remainder"]), torch.empty_like(param, dtype=torch.int32))
-    return full(state["master"]) if "master" in state else param.detach().float()
-
-
-def compare(optimizer: ZeroAdam, params: list[Any], plain: torch.optim.Optimizer, copies: list[Any], way: str) -> None:
-    for p, q in zip(params, copies, strict=True):
-        if p.itemsize >= 4:
-            assert torch.equal(p, q)
-        else:
-            assert torch.equal(master_of(optimizer, p), q)
-            assert torch.equal(p, rounded(q.detach(), p, way))
-        for key, value in plain.state[q].items():
-            assert torch.equal(full(optimizer.state[p][key]), value), key
-    assert_same_on_all_ranks(params)
-
-
-def float_copies(params: list[nn.Parameter]) -> list[nn.Parameter]:
-    return [nn.Parameter(p.detach().clone() if p.itemsize >= 4 else p.detach().float()) for p in params]
-
-
-def low_precision() -> list[nn.Parameter]:
-    """Every shape and order in bfloat16, two in float16; some float32 and float64 ones among them."""
-    params = parameters()
-    return [nn.Parameter(p.detach().to(torch.bfloat16) if i % 4 < 3 else p.detach()) for i, p in enumerate(params)] + [
-        nn.Parameter(torch.randn(300, 70).to(torch.float16)),
-        nn.Parameter(torch.randn(9).to(torch.float16)),
-    ]
-
-
-def step_both(
-    step: int, optimizer: ZeroAdam, params: list[Any], plain: torch.optim.Optimizer, copies: list[Any]
-) -> None:
-    """With the same gradients, cast for the copies."""
-    set_gradients(step, params)
-    for p, q in zip(params, copies, strict=True):
-        q.grad = torch.empty_like(q).copy_(p.grad)
-    optimizer.step()
-    plain.step()
-
-
-def train(cls: type[ZeroAdam], options: dict[str, Any], way: str) -> None:
-    params = low_precision()
-    copies = float_copies(params)
-    optimizer = cls(params, **OPTIONS, **options, **WAYS[way], bucket_cap_mb=0.5)
-    plain = PLAIN[cls](copies, **OPTIONS, **options)
-    for step in range(12):
-        step_both(step, optimizer, params, plain, copies)
-        compare(optimizer, params, plain, copies, way)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -325,7 +257,7 @@ def state_bytes() -> dict[str, float]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_bytes_per_parameter_are_those_of_the_readme(run_ranks, world_size: int) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.splitlines() if line.startswith("| ")]
     column = next(row for row in rows if "W = 1" in row).index(f"W = {world_size}")
     for counted in run_ranks(state_bytes, world_size):

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from test_main import zeroadam as command
-from test_master import WAYS, float_copies, low_precision, master_of, step_both
-from test_optimizer import PLAIN, assert_same_on_all_ranks, full, set_gradients
-from test_state_dict import equal
+from adam_reference import PLAIN, assert_same_on_all_ranks, full, set_gradients
+from commands import zeroadam as command
+from master_reference import WAYS, float_copies, low_precision, master_of, step_both
+from state_checks import equal
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel

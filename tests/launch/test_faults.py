@@ -15,23 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_launch import ROOT, SMALL, TORCHRUN, environment, torchrun
-from test_main import zeroadam
-from test_state_dict import equal
+from commands import ROOT, SMALL, TORCHRUN, environment, final, newest_step, torchrun, whole, zeroadam
+from state_checks import equal
 from train import GPT, batch, loss_of, read_text
 
 TRAIN = [f"{ROOT}/launch/train.py", *SMALL]
-
-
-def whole(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if not path.suffix)
-
-
-def final(folder: Path) -> Any:
-    """The newest checkpoint as plain PyTorch."""
-    done = zeroadam("export", str(whole(folder)[-1]), f"{folder}.pt")
-    assert done.returncode == 0, done.stderr
-    return torch.load(f"{folder}.pt", weights_only=True)
 
 
 def losses(text: str) -> list[str]:
@@ -164,10 +152,6 @@ class Agent:
 def kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def newest_step(folder: Path) -> int:
-    return max((int(path.name.removeprefix("step-")) for path in whole(folder)), default=0)
 
 
 KILLS = 20

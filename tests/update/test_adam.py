@@ -2,9 +2,9 @@
 
 from typing import Any
 
+import adam_reference
+import master_reference
 import pytest
-import test_master
-import test_optimizer
 import torch
 from torch import nn
 
@@ -21,13 +21,13 @@ SMALL_BLOCK = 1000
 def small_blocks(cls: type, options: dict[str, Any], way: str | None) -> None:
     zeroadam.update.adam.BLOCK_NUMEL = SMALL_BLOCK
     if way is None:
-        test_optimizer.train_both(cls, options)
+        adam_reference.train_both(cls, options)
     else:
-        test_master.train(cls, options, way)
+        master_reference.train(cls, options, way)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("way", [None, *test_master.WAYS])
+@pytest.mark.parametrize("way", [None, *master_reference.WAYS])
 @pytest.mark.parametrize("kernel", ["single", "foreach"])
 def test_blocks_do_not_change_the_numbers(run_ranks, kernel: str, way: str | None, world_size: int) -> None:
     options = {"amsgrad": True, "foreach": kernel == "foreach"}

@@ -12,8 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from test_hosts import until
-from test_launch import ROOT
+from commands import ROOT, until
 
 PROGRAMS = ("dockerd", "docker", "debootstrap")
 BASE = "python:3.11-slim-bookworm"
