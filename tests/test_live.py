@@ -92,6 +92,13 @@ class Both:
         if self.mode == "master":
             pair[1].data.copy_(pair[0].data)
 
+    def suit_amsgrad(self, pair: tuple[nn.Parameter, nn.Parameter]) -> None:
+        """Let a state without what amsgrad needs start anew, as torch has a KeyError then in the middle of a step."""
+        if self.ours.param_groups[self.place(pair)[0]]["amsgrad"]:
+            for optimizer, param in zip((self.ours, self.plain), pair, strict=True):
+                optimizer.state.pop(param, None)
+            self.restart(pair)
+
     # ---- what a user does ----
 
     def step(self, seed: int, without: int) -> None:
@@ -154,6 +161,7 @@ class Both:
         for optimizer in (self.ours, self.plain):
             param = optimizer.param_groups[g]["params"].pop(i)
             optimizer.param_groups[to % len(optimizer.param_groups)]["params"].append(param)
+        self.suit_amsgrad(pair)
 
     def remove_param(self, which: int, keep_state: int) -> None:
         if len(self.pairs) < 3:
@@ -182,6 +190,7 @@ class Both:
             for group, param in zip(self.groups(to), pair, strict=True):
                 group["params"].append(param)
             self.pairs.append(pair)
+            self.suit_amsgrad(pair)
 
     def exchange_param(self, which: int, keep_state: int) -> None:
         """As for a vocabulary that grows, or a layer that is replaced."""
@@ -227,6 +236,8 @@ class Both:
 
     def replace_entries(self, which: int, how: int) -> None:
         """As frameworks do that move a state, or with a whole tensor in place of what there was."""
+        if not self.plain.state.get(self.pair(which)[1]):
+            return  # torch makes a state only with the first gradient
         for optimizer, param in zip((self.ours, self.plain), self.pair(which), strict=True):
             for key, value in list(optimizer.state.get(param, {}).items()):
                 if how % 2 and key == "exp_avg" and self.mode != "8bit":
@@ -236,6 +247,8 @@ class Both:
                     optimizer.state[param][key] = value.clone()
 
     def change_state(self, which: int, how: int) -> None:
+        if not self.plain.state.get(self.pair(which)[1]):
+            return
         for optimizer, param in zip((self.ours, self.plain), self.pair(which), strict=True):
             state = optimizer.state.get(param)
             if state and how % 2:
@@ -314,7 +327,7 @@ class Both:
 
 ALONE: list[dist.ProcessGroup] = []
 OPERATIONS = [name for name in vars(Both) if not name.startswith("_")]
-for helper in ("new", "pair", "groups", "place", "restart", "backward", "check"):
+for helper in ("new", "pair", "groups", "place", "restart", "suit_amsgrad", "backward", "check"):
     OPERATIONS.remove(helper)
 Program = list[tuple[str, int, int]]
 PROGRAMS = st.lists(
@@ -565,3 +578,23 @@ def alone() -> None:
 def test_one_process_saves_its_state_dict_as_torch_does(run_ranks: Any) -> None:
     """Nothing is elsewhere, so nothing has to be gathered, and torch.optim.AdamW loads what was saved."""
     run_ranks(alone, 1)
+
+
+def freed() -> None:
+    params = [nn.Parameter(torch.ones(40, 8)), nn.Parameter(torch.ones(3))]
+    optimizer = ZeroAdamW(params)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        memory = [weakref.ref(param.grad.untyped_storage()) for param in params]
+        gradients = [weakref.ref(param.grad) for param in params]
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(reference() is None for reference in (*gradients, *memory))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradients_that_the_user_lets_go_are_freed(run_ranks: Any, world_size: int) -> None:
+    """zero_grad() frees their memory before the next backward needs it again."""
+    run_ranks(freed, world_size)

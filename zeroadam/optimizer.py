@@ -172,6 +172,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             self._gathers.start(bucket)
         # Phase 2: wait for the parameters that the next forward does not wait for.
         self._gathers.end_step()
+        self._plan.release_gradients()
         self._meter.end_step(self._plan.imbalance)
         return loss
 
@@ -227,6 +228,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             gradients, max_norm, norm_type, error_if_nonfinite, self.process_group, self.join_device
         )
         self._plan.accept_changes()
+        self._plan.release_gradients()
         return total
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

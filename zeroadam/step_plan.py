@@ -10,7 +10,7 @@ a cache of them in three layers, and each step begins by comparing identities an
 Only a layer that differs is laid out anew. Whatever cannot be followed is refused here, before anything has changed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
 from typing import Any, NamedTuple
@@ -25,15 +25,13 @@ from zeroadam.state.agreement import check_supported, named
 from zeroadam.state.storage import Storage
 from zeroadam.transport import Transports
 from zeroadam.update.adam import Update, scratch_numel
-from zeroadam.update.block import Scratch, try_group
+from zeroadam.update.block import Scratch
+from zeroadam.update.hyperparameters import check_group, try_group
 from zeroadam.update.piece import Piece
 
-FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "fused", "differentiable", "decoupled_weight_decay")
-KEYS = ("params", "lr", "betas", "eps", "weight_decay", *FLAGS)
 _grad_of, _dtype_of, _items_of = attrgetter("grad"), attrgetter("dtype"), methodcaller("values")
 
 Groups = Sequence[dict[str, Any]]
-Kind = tuple[torch.dtype, tuple[int, ...], int]
 
 
 class StepPlan:
@@ -63,8 +61,9 @@ class StepPlan:
         self._states: list[State] = []
         self._state_seen: Any = None
         self._grads_seen: Any = None
-        # What the updates were laid out for: dtype, strides and divisor of each gradient, and where each comes from.
-        self._kinds: list[Kind | None] = []
+        # What the updates were laid out for: which parameters have gradients, of which dtypes, strides and divisors.
+        self._kinds: tuple[Any, ...] | None = None
+        # The updates, with the positions of their gradients among all that there are.
         self._sources: list[tuple[Update, list[int]]] = []
         self._scratch: dict[torch.device, Scratch] = {}
 
@@ -80,14 +79,14 @@ class StepPlan:
             self._lay_out_buckets(groups)
         elif not self._states_are_current(groups):
             self._take_states(self._find_states(self.params, groups), groups)
+        if settings != self._settings:
+            self._try_groups(groups)
+            self._settings, self._grads_seen, self._kinds = settings, None, None
         grads = list(map(_grad_of, self.params))
         if not self._gradients_are_current(grads):
             self._take_gradients(grads, groups)
         for param, grad, reduced in self.reduced:
             check_reduced(param, grad, reduced, self.storage.process_group)
-        if settings != self._settings:
-            self._try_groups(groups)
-            self._settings = settings
 
     def _try_groups(self, groups: Groups) -> None:
         """Raise what torch's Adam raises for the settings of a param group, before a step has changed anything."""
@@ -180,7 +179,7 @@ class StepPlan:
             list(chain.from_iterable(map(_items_of, mine))),
             [group["amsgrad"] for group in groups],
         )
-        self._grads_seen = None
+        self._grads_seen = self._kinds = None
 
     # Layer 3: gradients
 
@@ -196,50 +195,62 @@ class StepPlan:
 
     def _take_gradients(self, grads: Sequence[Tensor | None], groups: Groups) -> None:
         """Look at new gradients, and lay out the updates anew unless these gradients are like those before."""
-        notes: dict[int, tuple[Tensor, Tensor, Reduced]] = {}
-        gradients, pieces, kinds = [], list[Tensor | None](), list[Kind | None]()
-        for param, grad in zip(self.params, grads, strict=True):
-            if grad is None:
-                pieces.append(None)
-                kinds.append(None)
-                continue
+        self._grads_seen = None
+        indices = [index for index, grad in enumerate(grads) if grad is not None]
+        params, some = [self.params[index] for index in indices], [grad for grad in grads if grad is not None]
+        for param, grad in zip(params, some, strict=True):
             if grad.layout != torch.strided:
                 raise RuntimeError(
                     f"a parameter of shape {tuple(param.shape)} has a sparse gradient, which Adam does not support: "
                     "build its module with sparse=False"
                 )
-            divisor, reduced = 1, reduced_of(param)
-            if reduced is not None:
-                check_reduced(param, grad, reduced, self.storage.process_group)
-                notes.setdefault(id(reduced), (param, grad, reduced))
-                divisor = self.world_size if param.dim() > 0 else 1
-            piece = grad if self.world_size == 1 else shard(grad, self.world_size, self.rank)
-            gradients.append((param, grad, piece, divisor))
-            pieces.append(piece)
-            kinds.append((piece.dtype, piece.stride(), divisor))
-        alike = self._grads_seen is not None and kinds == self._kinds
-        self._grads_seen = None  # until everything below has been done
-        self.gradients, self.reduced, self._kinds = gradients, list(notes.values()), kinds
-        if alike:
-            for update, indices in self._sources:
-                update.use([own for index in indices if (own := pieces[index]) is not None])
+        divisors = self._check_notes(params, some)
+        pieces = some if self.world_size == 1 else [shard(grad, self.world_size, self.rank) for grad in some]
+        kinds = indices, list(map(_dtype_of, pieces)), list(map(Tensor.stride, pieces)), divisors
+        if kinds == self._kinds:
+            for update, members in self._sources:
+                update.use([pieces[position] for position in members])
         else:
-            self._make_updates(pieces, groups)
-        self._grads_seen = (list(grads), _places_of([grad for _, grad, _, _ in gradients]), changes())
+            self._kinds = None
+            self._make_updates(indices, pieces, divisors, groups)
+            self._kinds = kinds
+        self.gradients = list(zip(params, some, pieces, divisors, strict=True))
+        # Views of a larger memory, such as a DDP bucket, are remembered. Others the user may want to free.
+        if all(grad.untyped_storage().nbytes() > grad.nbytes for grad in some):
+            self._grads_seen = (list(grads), _places_of(some), changes())
 
-    def _make_updates(self, pieces: Sequence[Tensor | None], groups: Groups) -> None:
-        positions = {id(param): index for index, param in enumerate(self.params)}
+    def release_gradients(self) -> None:
+        """Let go of gradients that the user may want to free before the next step."""
+        if self._grads_seen is None:
+            self.gradients, self.reduced = [], []
+            for update, _ in self._sources:
+                update.release()
+
+    def _check_notes(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[int]:
+        """The divisor of each gradient: W where the hook has summed it."""
+        found: dict[int, tuple[Tensor, Tensor, Reduced]] = {}
+        divisors = [1] * len(params)
+        for position, (param, grad) in enumerate(zip(params, grads, strict=True) if changes() else ()):
+            if (reduced := reduced_of(param)) is not None:
+                check_reduced(param, grad, reduced, self.storage.process_group)
+                found.setdefault(id(reduced), (param, grad, reduced))
+                divisors[position] = self.world_size if param.dim() > 0 else 1
+        self.reduced = list(found.values())
+        return divisors
+
+    def _make_updates(
+        self, indices: Sequence[int], pieces: Sequence[Tensor], divisors: Sequence[int], groups: Groups
+    ) -> None:
+        """Lay out the updates of the parameters at some indices, which have these pieces of gradients."""
+        positions = {id(self.params[index]): position for position, index in enumerate(indices)}
         work: list[tuple[torch.device, dict[int, list[tuple[int, Piece]]]]] = []
         for bucket in self.buckets:
             of_groups: dict[int, list[tuple[int, Piece]]] = {}
             for param, own in zip(bucket.params, bucket.pieces, strict=True):
-                index = positions[id(param)]
-                own_grad, kind = pieces[index], self._kinds[index]
-                if own_grad is None or kind is None:
-                    continue
-                state, compute = self._states[index], self.storage.options.precision(param).compute
-                piece = Piece(own, own_grad, kind[2], state.local, compute)
-                of_groups.setdefault(state.group, []).append((index, piece))
+                if (position := positions.get(id(param))) is not None:
+                    state, compute = self._states[indices[position]], self.storage.options.precision(param).compute
+                    piece = Piece(own, pieces[position], divisors[position], state.local, compute)
+                    of_groups.setdefault(state.group, []).append((position, piece))
             work.append((bucket.device, of_groups))
         for device, of_groups in work:
             sizes = [sum(piece.param.numel() for _, piece in some) for some in of_groups.values()]
@@ -252,7 +263,7 @@ class StepPlan:
             for group, some in of_groups.items():
                 update = Update([piece for _, piece in some], groups[group], self._scratch[device])
                 self.updates[-1].append((group, update))
-                self._sources.append((update, [index for index, _ in some]))
+                self._sources.append((update, [position for position, _ in some]))
 
 
 class State(NamedTuple):
@@ -273,22 +284,3 @@ def _places_of(tensors: Sequence[Tensor]) -> Places:
 
 def _identical(these: Sequence[Any], those: Sequence[Any]) -> bool:
     return len(these) == len(those) and all(map(is_, these, those))
-
-
-def check_group(group: Mapping[str, Any], index: int) -> tuple[Any, ...]:
-    """What Adam must accept of a param group, but for numbers, which may change at every step.
-
-    Raises:
-        ValueError: something is missing, or is not a number.
-    """
-    for key in KEYS:
-        if key not in group:
-            raise ValueError(f"param group {index} has no {key!r}: give it one, or use optimizer.add_param_group()")
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas of param group {index} are {betas}, not two numbers")
-    numbers = (group["lr"], group["eps"], group["weight_decay"], *betas)
-    for key, value in zip(("lr", "eps", "weight_decay", "beta1", "beta2"), numbers, strict=True):
-        if not isinstance(value, (float, int)) and not (isinstance(value, Tensor) and value.numel() == 1):
-            raise ValueError(f"{key} of param group {index} is {value!r}, not a number")
-    return (*(group[key] for key in FLAGS), *map(type, numbers))

@@ -23,7 +23,7 @@ def test_before_and_after(diff: str, tmp_path: Path) -> None:
 
 
 def test_messages_are_those_of_the_code() -> None:
-    source = " ".join(file.read_text() for file in (ROOT / "zeroadam").glob("*.py"))
+    source = " ".join(file.read_text() for file in (ROOT / "zeroadam").rglob("*.py"))
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings that go on in the next line
     table = (ROOT / "docs/troubleshooting.md").read_text()
     messages = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)

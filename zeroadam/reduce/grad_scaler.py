@@ -29,6 +29,7 @@ class GradScaler(torch.amp.GradScaler):
         for found_inf in found.values():
             dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=optimizer.process_group)
         optimizer._plan.accept_changes()
+        optimizer._plan.release_gradients()
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """`optimizer.step()` unless a gradient of any rank is infinite or nan, then nothing on any rank."""

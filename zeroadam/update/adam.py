@@ -59,6 +59,13 @@ class Update:
         for block in self.blocks:
             block.use(own)
 
+    def release(self) -> None:
+        """Let go of the gradients, until `use` brings others."""
+        for piece in self.for_kernel.values():
+            piece.grad = torch.empty(0)
+        for block in self.blocks:
+            block.grads = block.sources = []
+
     def step(self, group: Mapping[str, Any]) -> None:
         """Update everything, by the values that `group` has now."""
         if self.empty_steps:

@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from zeroadam.layout.packing import flat
+from zeroadam.update.hyperparameters import MOMENTS, run_adam
 from zeroadam.update.master import MASTERS, follow, join, split
 from zeroadam.update.piece import Piece
 from zeroadam.update.rounding import CODES, SCALES, dequantize, quantize, round_stochastically
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 Views = list[Tensor]
 
@@ -170,42 +168,3 @@ class Block:
     def _bits(self, like: Tensor) -> Tensor:
         """Scratch memory for an integer for each element."""
         return self.scratch.take("bits", torch.int32, like.numel()).as_strided(like.shape, like.stride())
-
-
-def run_adam(
-    weights: Views, grads: Views, moments: Mapping[str, Views], steps: Views, group: Mapping[str, Any]
-) -> None:
-    """torch's functional Adam with the hyper-parameters of a param group."""
-    beta1, beta2 = group["betas"]
-    adam(
-        weights,
-        grads,
-        moments["exp_avg"],
-        moments["exp_avg_sq"],
-        moments["max_exp_avg_sq"],
-        steps,
-        foreach=group["foreach"],
-        capturable=group["capturable"],
-        differentiable=group["differentiable"],
-        fused=group["fused"],
-        amsgrad=group["amsgrad"],
-        beta1=beta1,
-        beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=group["maximize"],
-        decoupled_weight_decay=group["decoupled_weight_decay"],
-    )
-
-
-def try_group(group: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-    """Run Adam on one number, so that it raises here for hyper-parameters that it refuses."""
-    numbers: dict[str, Views] = {
-        name: [torch.zeros(1, dtype=dtype, device=device)] for name in ("weight", "grad", *MOMENTS)
-    }
-    if not group["amsgrad"]:
-        numbers["max_exp_avg_sq"] = []
-    on_device = group["fused"] or group["capturable"]
-    steps = [torch.zeros((), device=device if on_device else "cpu")]
-    run_adam(numbers["weight"], numbers["grad"], numbers, steps, group)

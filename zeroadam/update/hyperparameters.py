@@ -1,0 +1,72 @@
+"""torch's functional Adam with the hyper-parameters of a param group, and which of these it takes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "fused", "differentiable", "decoupled_weight_decay")
+KEYS = ("params", "lr", "betas", "eps", "weight_decay", *FLAGS)
+
+Views = list[Tensor]
+
+
+def run_adam(
+    weights: Views, grads: Views, moments: Mapping[str, Views], steps: Views, group: Mapping[str, Any]
+) -> None:
+    """torch's functional Adam with the hyper-parameters of a param group."""
+    beta1, beta2 = group["betas"]
+    adam(
+        weights,
+        grads,
+        moments["exp_avg"],
+        moments["exp_avg_sq"],
+        moments["max_exp_avg_sq"],
+        steps,
+        foreach=group["foreach"],
+        capturable=group["capturable"],
+        differentiable=group["differentiable"],
+        fused=group["fused"],
+        amsgrad=group["amsgrad"],
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+    )
+
+
+def try_group(group: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    """Run Adam on one number, so that it raises here for hyper-parameters that it refuses."""
+    numbers: dict[str, Views] = {
+        name: [torch.zeros(1, dtype=dtype, device=device)] for name in ("weight", "grad", *MOMENTS)
+    }
+    if not group["amsgrad"]:
+        numbers["max_exp_avg_sq"] = []
+    on_device = group["fused"] or group["capturable"]
+    steps = [torch.zeros((), device=device if on_device else "cpu")]
+    run_adam(numbers["weight"], numbers["grad"], numbers, steps, group)
+
+
+def check_group(group: Mapping[str, Any], index: int) -> tuple[Any, ...]:
+    """What Adam must accept of a param group, but for numbers, which may change at every step.
+
+    Raises:
+        ValueError: something is missing, or is not a number.
+    """
+    for key in KEYS:
+        if key not in group:
+            raise ValueError(f"param group {index} has no {key!r}: give it one, or use optimizer.add_param_group()")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas of param group {index} are {betas}, not two numbers")
+    numbers = (group["lr"], group["eps"], group["weight_decay"], *betas)
+    for key, value in zip(("lr", "eps", "weight_decay", "beta1", "beta2"), numbers, strict=True):
+        if not isinstance(value, (float, int)) and not (isinstance(value, Tensor) and value.numel() == 1):
+            raise ValueError(f"{key} of param group {index} is {value!r}, not a number")
+    return (*(group[key] for key in FLAGS), *map(type, numbers))
