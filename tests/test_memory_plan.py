@@ -20,8 +20,10 @@ from train import GPT
 
 from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, plan, reduce_scatter_hook
 from zeroadam.memory_plan import RankBytes, whole_tensors
+from zeroadam.update import adam
 from zeroadam.update.rounding import bitsandbytes
 
+SMALL_BLOCK = 2**13
 COMMAND = Path(sys.executable).with_name("zeroadam")
 PRECISIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -107,6 +109,36 @@ def test_planned_bytes_are_allocated_bytes(run_ranks: Any, world_size: int, dtyp
 
 def count_all(dtype: torch.dtype) -> list[tuple[RankBytes, RankBytes]]:
     return [counted(dtype, options, hook=index % 2 == 0) for index, options in enumerate(PRECISIONS.values())]
+
+
+def after_steps(options: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of all tensors but parameters after a step without gradients left, and those that were planned."""
+    bitsandbytes()
+    model = gpt(torch.bfloat16 if "master_dtype" in options else torch.float32)
+    before = live_bytes()
+    optimizer = ZeroAdamW(model.parameters(), **options)
+    for _ in range(2):
+        for param in model.parameters():
+            if param.requires_grad:
+                param.grad = torch.ones_like(param)
+        optimizer.step()
+        optimizer.zero_grad()
+    planned = plan(model.parameters(), dist.get_world_size(), backend="gloo", **options)[dist.get_rank()]
+    return live_bytes() - before, planned.moments + planned.master + planned.steps + planned.staging
+
+
+def all_after_steps() -> list[tuple[int, int]]:
+    os.environ["ZEROADAM_SHARED_MEMORY"] = "0"
+    adam.BLOCK_NUMEL = SMALL_BLOCK  # a fraction of the model, whose moments would show
+    return [after_steps(options) for options in PRECISIONS.values()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_after_a_step_only_scratch_memory_is_left(run_ranks: Any, world_size: int) -> None:
+    """At most five buffers of a block: a gradient, a weight and moments in float32; rounded ones in fewer bits."""
+    for ranks in run_ranks(all_after_steps, world_size):
+        for held, planned in ranks:
+            assert planned <= held <= planned + 5 * 4 * 2 * SMALL_BLOCK
 
 
 def torchs_cut() -> tuple[list[int], list[int]]:

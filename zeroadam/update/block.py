@@ -92,7 +92,8 @@ class Block:
                 self.casts[name] = (stored, self.moments[name])
         # Gradients that Adam cannot take as they are: those to be divided, then those only to be cast or laid out anew.
         divisors = [pieces[run.piece].divisor for run in runs]
-        grads = [run.grad_of([piece.grad for piece in pieces]) for run in runs]
+        of_pieces = [piece.grad for piece in pieces]
+        grads = [run.grad_of(of_pieces) for run in runs]
         fit = [g.dtype == self.compute and g.stride() == p.stride() for g, p in zip(grads, self.params, strict=True)]
         divided = [i for i, divisor in enumerate(divisors) if divisor > 1]
         self.copied = divided + [i for i, divisor in enumerate(divisors) if divisor == 1 and not fit[i]]
@@ -153,9 +154,10 @@ class Block:
             state = self.runs[i].state
             for name in self.names:
                 codes, scales = state[name + CODES], state[name + SCALES]
-                new = quantize(self.moments[name][i], name, codes.numel() // scales.numel())
-                torch._foreach_copy_([codes], [new[0]])
-                torch._foreach_copy_([scales], [new[1]])
+                new_codes, new_scales = quantize(self.moments[name][i], name, codes.numel() // scales.numel())
+                codes.copy_(new_codes)
+                scales.copy_(new_scales)
+                self.moments[name][i] = self.params[i]  # lets go of what was dequantized
         for stored, cast in self.casts.values():
             for into, moment, step in zip(stored, cast, self.steps, strict=True):
                 round_stochastically(moment, into, step, self._bits(moment))
