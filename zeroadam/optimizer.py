@@ -125,7 +125,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         """Make everything that is not torch's Adam, for the param groups and states that there are."""
         self._transports, self._meter = transports, Meter()
         self.reduction = Reduction(self.process_group, transports, self._meter)  # what reduce_scatter_hook works with
-        self._plan = StepPlan(self, self._storage, transports)
+        self._plan = StepPlan(self, self._storage, transports, self.reduction.forget_others)
         self._gathers = Gathers(self._meter)
         # Not even for the fused kernel: GradScaler is to unscale gradients itself and step only if they are finite.
         self._step_supports_amp_scaling = False

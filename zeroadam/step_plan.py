@@ -10,28 +10,31 @@ a cache of them in three layers, and each step begins by comparing identities an
 Only a layer that differs is laid out anew. Whatever cannot be followed is refused here, before anything has changed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
-from operator import attrgetter, is_, methodcaller
-from typing import Any, NamedTuple
+from operator import attrgetter, methodcaller
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zeroadam.gather.param_bucket import ParamBucket, make_buckets, use_staging
-from zeroadam.layout.shard import shard
+from zeroadam.layout.places import dtype_of, identical, places_of
+from zeroadam.layout.shard import shard_index
 from zeroadam.reduce.ownership import Reduced, changes, check_reduced, reduced_of
-from zeroadam.state.agreement import check_supported, named
-from zeroadam.state.storage import Storage
+from zeroadam.state.agreement import check_supported
+from zeroadam.state.storage import ParamState, Storage
 from zeroadam.transport import Transports
 from zeroadam.update.adam import Update, scratch_numel
 from zeroadam.update.block import Scratch
 from zeroadam.update.hyperparameters import check_group, try_group
 from zeroadam.update.piece import Piece
 
-_grad_of, _dtype_of, _items_of = attrgetter("grad"), attrgetter("dtype"), methodcaller("values")
+_grad_of, _items_of = attrgetter("grad"), methodcaller("values")
 
 Groups = Sequence[dict[str, Any]]
+# Kinds of gradients whose updates are kept: some models leave out parameters in turn.
+MAX_UPDATES = 4
 
 
 class StepPlan:
@@ -39,10 +42,18 @@ class StepPlan:
 
     Args:
         optimizer: whose `param_groups` and `state` are followed.
+        forget_others: called when parameters were removed, for the hook to let go of them.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, storage: Storage, transports: Transports) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        storage: Storage,
+        transports: Transports,
+        forget_others: Callable[[], None],
+    ) -> None:
         self.optimizer, self.storage, self.transports = optimizer, storage, transports
+        self.forget_others = forget_others
         self.rank, self.world_size = storage.rank, storage.world_size
         self.params: list[Tensor] = []  # all that are trained, in the order of their groups
         self.buckets: list[ParamBucket] = []
@@ -56,13 +67,13 @@ class StepPlan:
         self._every: list[Tensor] = []
         self._lengths: list[int] = []
         self._frozen: list[Tensor] = []
-        self._places: Places = ([], [], [])
+        self._places: tuple[list[Any], ...] = ()
         self._settings: list[tuple[Any, ...]] = []
-        self._states: list[State] = []
+        self._states: list[ParamState] = []
         self._state_seen: Any = None
         self._grads_seen: Any = None
-        # What the updates were laid out for: which parameters have gradients, of which dtypes, strides and divisors.
-        self._kinds: tuple[Any, ...] | None = None
+        # The updates of the last few kinds of gradients: which parameters had some, of which dtypes, strides, divisors.
+        self._made: dict[Any, tuple[list[list[tuple[int, Update]]], list[tuple[Update, list[int]]]]] = {}
         # The updates, with the positions of their gradients among all that there are.
         self._sources: list[tuple[Update, list[int]]] = []
         self._scratch: dict[torch.device, Scratch] = {}
@@ -78,27 +89,31 @@ class StepPlan:
         if not self._buckets_are_current(groups):
             self._lay_out_buckets(groups)
         elif not self._states_are_current(groups):
-            self._take_states(self._find_states(self.params, groups), groups)
+            self._take_states(self.storage.find_states(self.optimizer, self.params))
         if settings != self._settings:
             self._try_groups(groups)
-            self._settings, self._grads_seen, self._kinds = settings, None, None
+            self._settings = settings
+            self._forget_updates()
         grads = list(map(_grad_of, self.params))
         if not self._gradients_are_current(grads):
             self._take_gradients(grads, groups)
         for param, grad, reduced in self.reduced:
             check_reduced(param, grad, reduced, self.storage.process_group)
+        if self._state_seen is None:
+            self._store_states(groups)
 
     def _try_groups(self, groups: Groups) -> None:
         """Raise what torch's Adam raises for the settings of a param group, before a step has changed anything."""
-        for index, group in enumerate(groups):
-            if group["differentiable"]:
+        kinds: dict[tuple[int, torch.dtype, torch.device], None] = {}
+        for param, state in zip(self.params, self._states, strict=True):
+            kinds[state.group, self.storage.options.precision(param).compute, param.device] = None
+        for index, dtype, device in kinds:
+            if groups[index]["differentiable"]:
                 raise ValueError("differentiable=True is not supported: the all-gather passes no gradients on")
-            kinds = {(self.storage.options.precision(p).compute, p.device) for p in group["params"]}
-            for dtype, device in kinds:
-                try:
-                    try_group(group, dtype, device)
-                except Exception as error:
-                    raise ValueError(f"torch's Adam refuses param group {index}: {error}") from error
+            try:
+                try_group(groups[index], dtype, device)
+            except Exception as error:
+                raise ValueError(f"torch's Adam refuses param group {index}: {error}") from error
 
     def accept_changes(self) -> None:
         """Take the gradients as they are now for what the hook wrote; for changes that all ranks make alike."""
@@ -110,10 +125,10 @@ class StepPlan:
     def _buckets_are_current(self, groups: Groups) -> bool:
         every = list(chain.from_iterable(group["params"] for group in groups))
         return (
-            _identical(every, self._every)
+            identical(every, self._every)
             and [len(group["params"]) for group in groups] == self._lengths
             and not any(param.requires_grad or param.grad is not None for param in self._frozen)
-            and _places_of(self.params) == self._places
+            and places_of(self.params) == self._places
         )
 
     def _lay_out_buckets(self, groups: Groups) -> None:
@@ -127,7 +142,7 @@ class StepPlan:
         # A parameter that was trained before keeps its place while it is frozen, as it may thaw again.
         before = set(map(id, self.params))
         params = [p for p in every if id(p) in before or p.requires_grad or p.grad is not None]
-        states = self._find_states(params, groups)
+        states = self.storage.find_states(self.optimizer, params)
         transport = {p.device: self.transports.of(p.device.type) for p in params}
         cap_bytes = self.storage.options.bucket_cap_mb * 2**20
         buckets = make_buckets(params, self.rank, self.world_size, cap_bytes, lambda p: transport[p.device].rules)
@@ -136,50 +151,46 @@ class StepPlan:
         self.params, self.buckets, self._every = params, buckets, every
         self._lengths = [len(group["params"]) for group in groups]
         self._frozen = [param for param in every if id(param) not in trained]
-        self._places = _places_of(params)
+        self._places = places_of(params)
         held = [sum(numels) for numels in zip(*(bucket.numels for bucket in buckets), strict=True)]
         self.imbalance = self.world_size * max(held) / max(sum(held), 1) if held else 1.0
-        self._take_states(states, groups)
+        self._cuts = [shard_index(param.shape, self.world_size, self.rank) for param in params]
+        self._settings = []  # as there may be parameters of other dtypes
+        self._take_states(states)
+        self.forget_others()
 
     # Layer 2: states
 
     def _states_are_current(self, groups: Groups) -> bool:
+        if self._state_seen is None:
+            return False
         keys, entries, names, values, amsgrad = self._state_seen
-        state = self.optimizer.state
-        mine = [state.entry for state in self._states]
+        state, mine = self.optimizer.state, [state.entry for state in self._states]
+        if not identical(list(state), keys) or not identical(list(state.values()), entries):
+            if not identical(list(map(state.get, self.params)), mine):
+                return False
+            self._state_seen = (list(state), list(state.values()), names, values, amsgrad)  # others' entries
         return (
-            _identical(list(state), keys)
-            and _identical(list(state.values()), entries)
-            and list(chain.from_iterable(mine)) == names
-            and _identical(list(chain.from_iterable(map(_items_of, mine))), values)
+            list(chain.from_iterable(mine)) == names
+            and identical(list(chain.from_iterable(map(_items_of, mine))), values)
             and [group["amsgrad"] for group in groups] == amsgrad
         )
 
-    def _find_states(self, params: Sequence[Tensor], groups: Groups) -> "list[State]":
-        """The state of each parameter; a new one where it has none."""
-        wanted, states = set(map(id, params)), []
-        for index, group in enumerate(groups):
-            for name, param in named(group, index):
-                if id(param) in wanted:
-                    entry = self.optimizer.state.get(param) or self.storage.new_state(param, group)
-                    states.append(State(index, entry, self.storage.local_state(param, name, group, entry)))
-        return states
+    def _take_states(self, states: list[ParamState]) -> None:
+        self._states, self._state_seen = states, None
+        self._forget_updates()
 
-    def _take_states(self, states: "list[State]", groups: Groups) -> None:
-        mine = [state.entry for state in states]
+    def _store_states(self, groups: Groups) -> None:
+        """Put new states and pieces into `optimizer.state`, now that nothing has been refused."""
         state = self.optimizer.state
-        for param, entry in zip(self.params, mine, strict=True):
+        for param, (_, entry, _, replaced) in zip(self.params, self._states, strict=True):
+            entry.update(replaced)
             if not state.get(param):
                 state[param] = entry
-        self._states = states
-        self._state_seen = (
-            list(state),
-            list(state.values()),
-            list(chain.from_iterable(mine)),
-            list(chain.from_iterable(map(_items_of, mine))),
-            [group["amsgrad"] for group in groups],
-        )
-        self._grads_seen = self._kinds = None
+        mine = [state.entry for state in self._states]
+        names, values = list(chain.from_iterable(mine)), list(chain.from_iterable(map(_items_of, mine)))
+        amsgrad = [group["amsgrad"] for group in groups]
+        self._state_seen = (list(state), list(state.values()), names, values, amsgrad)
 
     # Layer 3: gradients
 
@@ -189,8 +200,8 @@ class StepPlan:
         before, places, count = self._grads_seen
         return (
             count == changes()
-            and _identical(grads, before)
-            and _places_of([grad for grad in grads if grad is not None]) == places
+            and identical(grads, before)
+            and places_of([grad for grad in grads if grad is not None]) == places
         )
 
     def _take_gradients(self, grads: Sequence[Tensor | None], groups: Groups) -> None:
@@ -204,27 +215,42 @@ class StepPlan:
                     f"a parameter of shape {tuple(param.shape)} has a sparse gradient, which Adam does not support: "
                     "build its module with sparse=False"
                 )
+            if grad.shape != param.shape:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(param.shape)} has a gradient of shape {tuple(grad.shape)}"
+                )
         divisors = self._check_notes(params, some)
-        pieces = some if self.world_size == 1 else [shard(grad, self.world_size, self.rank) for grad in some]
-        kinds = indices, list(map(_dtype_of, pieces)), list(map(Tensor.stride, pieces)), divisors
-        if kinds == self._kinds:
-            for update, members in self._sources:
+        pieces = some if self.world_size == 1 else [g[self._cuts[i]] for i, g in zip(indices, some, strict=True)]
+        kinds = tuple(indices), tuple(map(dtype_of, pieces)), tuple(map(Tensor.stride, pieces)), tuple(divisors)
+        if kinds in self._made:
+            self.updates, sources = self._made[kinds]
+            for update, members in sources:
                 update.use([pieces[position] for position in members])
         else:
-            self._kinds = None
             self._make_updates(indices, pieces, divisors, groups)
-            self._kinds = kinds
+            while len(self._made) >= MAX_UPDATES:
+                del self._made[next(iter(self._made))]
+            self._made[kinds] = (self.updates, self._sources)
+        self._release_updates(kinds)
         self.gradients = list(zip(params, some, pieces, divisors, strict=True))
         # Views of a larger memory, such as a DDP bucket, are remembered. Others the user may want to free.
         if all(grad.untyped_storage().nbytes() > grad.nbytes for grad in some):
-            self._grads_seen = (list(grads), _places_of(some), changes())
+            self._grads_seen = (list(grads), places_of(some), changes())
 
     def release_gradients(self) -> None:
         """Let go of gradients that the user may want to free before the next step."""
         if self._grads_seen is None:
             self.gradients, self.reduced = [], []
-            for update, _ in self._sources:
+            self._release_updates(None)
+
+    def _release_updates(self, but: Any) -> None:
+        for kinds, (_, sources) in self._made.items():
+            for update, _ in sources if kinds != but else ():
                 update.release()
+
+    def _forget_updates(self) -> None:
+        self._grads_seen = None
+        self._made.clear()
 
     def _check_notes(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[int]:
         """The divisor of each gradient: W where the hook has summed it."""
@@ -264,23 +290,3 @@ class StepPlan:
                 update = Update([piece for _, piece in some], groups[group], self._scratch[device])
                 self.updates[-1].append((group, update))
                 self._sources.append((update, [position for position, _ in some]))
-
-
-class State(NamedTuple):
-    """The state of one parameter."""
-
-    group: int  # the index of its param group
-    entry: dict[str, Any]  # `optimizer.state[p]`
-    local: dict[str, Tensor]  # see `Storage.local_state`
-
-
-Places = tuple[list[int], list[torch.dtype], list[tuple[int, ...]]]
-
-
-def _places_of(tensors: Sequence[Tensor]) -> Places:
-    """Where tensors lie in memory, and how."""
-    return list(map(Tensor.data_ptr, tensors)), list(map(_dtype_of, tensors)), list(map(Tensor.stride, tensors))
-
-
-def _identical(these: Sequence[Any], those: Sequence[Any]) -> bool:
-    return len(these) == len(those) and all(map(is_, these, those))

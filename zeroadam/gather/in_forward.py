@@ -8,6 +8,7 @@ each of these has a first time of its own.
 
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,13 @@ from zeroadam.report import Meter
 class ForwardGather:
     """Hooks on all modules of a model that finish gathers before something reads their parameters."""
 
-    def __init__(self, gathers: Gathers) -> None:
-        self.gathers = gathers
+    def __init__(self, gathers: Gathers | None = None) -> None:
+        self.gathers = gathers or Gathers(Meter())
         # The modules whose forward is running, outermost first, and what each has called so far.
         self.running: list[tuple[nn.Module, set[nn.Module]]] = []
-        self.called: dict[tuple[Any, ...], set[nn.Module]] = {}  # every time so far
-        self.reads: dict[tuple[Any, ...], list[Tensor]] = {}
+        # Of each module and mode: what it has called every time so far, and what it therefore reads itself.
+        self.called: WeakKeyDictionary[nn.Module, dict[Mode, set[nn.Module]]] = WeakKeyDictionary()
+        self.reads: WeakKeyDictionary[nn.Module, dict[Mode, list[Tensor]]] = WeakKeyDictionary()
 
     def watch(self, model: nn.Module) -> None:
         for module in model.modules():
@@ -42,18 +44,18 @@ class ForwardGather:
             self.running[-1][1].add(module)
         self.running.append((module, set()))
         if self.gathers.waiting:
-            reads = self.reads.get(_key(module))
+            reads = self.reads.get(module, {}).get(_mode(module))
             self.gathers.finish_of(module.parameters() if reads is None else reads)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
         if _in_backward():
             return
-        called, key = self.running.pop()[1], _key(module)
-        before = self.called.get(key)
+        called, mode = self.running.pop()[1], _mode(module)
+        before = self.called.setdefault(module, {}).get(mode)
         if before is None or not before <= called:
-            self.called[key] = called if before is None else before & called
-            self.reads[key] = list(_parameters(module, self.called[key]))
+            self.called[module][mode] = called if before is None else before & called
+            self.reads.setdefault(module, {})[mode] = list(_parameters(module, self.called[module][mode]))
 
     def before_state_dict(self, *args: Any) -> None:  # noqa: ARG002
         self.gathers.finish()
@@ -62,11 +64,14 @@ class ForwardGather:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:  # a model that is pickled goes without
-        return ForwardGather, (Gathers(Meter()),)
+        return ForwardGather, ()
 
 
-def _key(module: nn.Module) -> tuple[Any, ...]:
-    return module, module.training, torch.is_grad_enabled()
+Mode = tuple[bool, bool]
+
+
+def _mode(module: nn.Module) -> Mode:
+    return module.training, torch.is_grad_enabled()
 
 
 def _parameters(module: nn.Module, without: set[nn.Module]) -> Iterator[Tensor]:

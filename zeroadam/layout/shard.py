@@ -36,6 +36,15 @@ def shard_range(size: int, world_size: int, rank: int) -> tuple[int, int]:
     return start, min(chunk, size - start)
 
 
+def shard_index(shape: tuple[int, ...], world_size: int, rank: int) -> tuple[slice, ...]:
+    """The index of the piece of `rank`: `tensor[shard_index(tensor.shape, W, rank)]` is `shard(tensor, W, rank)`."""
+    dim = shard_dim(shape, world_size)
+    if dim is None:
+        return ()
+    start, length = shard_range(shape[dim], world_size, rank)
+    return (slice(None),) * dim + (slice(start, start + length),)
+
+
 def shard(tensor: Tensor, world_size: int, rank: int) -> Tensor:
     """View of the piece of `tensor` that `rank` owns: [d0, ...] -> [c, ...]; the whole of a 0-d tensor."""
     dim = shard_dim(tensor.shape, world_size)

@@ -130,6 +130,13 @@ class Reduction:
         """Whether the hook has run."""
         return bool(self.seen or self.joined)
 
+    def forget_others(self) -> None:
+        """Let go of buckets with parameters that no optimizer holds any more."""
+        held = held_params() if self.known else set()
+        for address, parts in list(self.known.items()):
+            if not all(id(param) in held for part in parts for param in part.params):
+                del self.known[address]
+
     def held_bytes(self) -> int:
         """The bytes of the DDP buckets that are known; DDP holds those that it still uses itself."""
         buffers = {address: parts[0].grads[0].untyped_storage().nbytes() for address, parts in self.known.items()}
@@ -141,19 +148,14 @@ class Reduction:
         return taken
 
     def _know(self, bucket: dist.GradBucket, owner: Owner, wire_dtype: torch.dtype | None) -> list[GradBucket]:
-        """Lay a new bucket out. Forget those that had its parameters before, and those of parameters no longer held."""
+        """Lay a new bucket out, and forget those that had its parameters before DDP rebuilt them."""
         self._check_views(bucket)
         params = bucket.parameters()
         for holder in owners_of(params, self.process_group, owner):
             # torch.amp.GradScaler then leaves unscaling and infinities to step(), which refuses: see there.
             holder._step_supports_amp_scaling = True
         old = {reduced.storage for reduced in map(reduced_of, params) if reduced is not None}
-        held = held_params()
-        self.known = {
-            address: parts
-            for address, parts in self.known.items()
-            if address not in old and all(id(param) in held for part in parts for param in part.params)
-        }
+        self.known = {address: parts for address, parts in self.known.items() if address not in old}
         parts, address = self._parts(bucket, wire_dtype), bucket.buffer().data_ptr()
         if address in self.seen:
             self.known[address] = parts

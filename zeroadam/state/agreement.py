@@ -32,6 +32,8 @@ def check_supported(group: dict[str, Any], index: int) -> None:
     if len(set(group["params"])) < len(group["params"]):
         raise ValueError(f"group {index} holds a parameter twice")
     for name, param in named(group, index):
+        if not isinstance(param, Tensor):
+            raise ValueError(f"{name} is a {type(param).__name__}, not a tensor")
         if param.device.type == "meta":
             raise ValueError(f"{name} is on the meta device: build the optimizer after model.to_empty(device=...)")
         if param.layout != torch.strided:

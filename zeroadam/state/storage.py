@@ -5,22 +5,33 @@ gathers the state of a torch optimizer does so with ours. The user may delete it
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.optim import Optimizer
 
 from zeroadam.layout.packing import dense_strides
 from zeroadam.layout.shard import shard, shard_dim
 from zeroadam.options import Options, Precision, block_numel
+from zeroadam.state.agreement import named
 from zeroadam.update.rounding import CODES, SCALES, dequantize, quantize
 
 # Device types for which torch has a fused Adam kernel.
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+class ParamState(NamedTuple):
+    """The state of one parameter, as a step takes it."""
+
+    group: int  # the index of its param group
+    entry: dict[str, Any]  # `optimizer.state[p]`, or what is to become it
+    local: dict[str, Tensor]  # see `Storage.local_state`
+    replaced: dict[str, DTensor]  # likewise; to be put into `entry`
 
 
 class Storage:
@@ -43,6 +54,16 @@ class Storage:
         names = state_names(group["amsgrad"], self.options.precision(param))
         return {"step": new_step(param, group), **{name: self.new_tensor(param, name) for name in names}}
 
+    def find_states(self, optimizer: Optimizer, params: Sequence[Tensor]) -> list[ParamState]:
+        """The states of parameters, in the order of their groups; new ones where there are none. Changes nothing."""
+        wanted, states = set(map(id, params)), []
+        for index, group in enumerate(optimizer.param_groups):
+            for name, param in named(group, index):
+                if id(param) in wanted:
+                    entry = optimizer.state.get(param) or self.new_state(param, group)
+                    states.append(ParamState(index, entry, *self.local_state(param, name, group, entry)))
+        return states
+
     def new_tensor(self, param: Tensor, name: str) -> DTensor:
         """State before the first step, of which this rank holds its piece: zeros; for a master, the parameter."""
         whole = layout(param, name, self.options.precision(param))
@@ -63,53 +84,78 @@ class Storage:
         )
 
     def local_state(
-        self, param: Tensor, name: str, group: Mapping[str, Any], state: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        """The tensors of a parameter's state with which Adam works here: `step` [], the others [c, ...].
+        self, param: Tensor, name: str, group: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, DTensor]]:
+        """(the tensors with which Adam works here, what has to be replaced in `state` for that), and changes nothing.
 
-        A whole tensor that the user has put there, [d0, ...], is replaced in `state` by this rank's piece of it.
+        The first are `step` [] and [c, ...] each. Replaced are whole tensors [d0, ...] that the user has put there, by
+        this rank's piece of them, and what has other strides than the parameter has now.
 
         Raises:
-            RuntimeError: something is missing, or is not what the parameter needs.
+            RuntimeError: something is missing, or does not fit the parameter; alike on all ranks.
         """
-        precision, local = self.options.precision(param), {}
-        for key in ("step", *state_names(group["amsgrad"], precision)):
+        precision, local, replaced = self.options.precision(param), dict[str, Tensor](), dict[str, DTensor]()
+        expected = state_names(group["amsgrad"], precision)
+        for key in ("step", *expected):
             value = state.get(key)
             if not isinstance(value, Tensor):
                 found = "missing" if value is None else f"a {type(value).__name__}"
                 hint = " (amsgrad was set after the state was made)" if key.startswith("max_") else ""
-                raise RuntimeError(
-                    f"{key} in the state of {name} is {found}{hint}: give it a tensor, or delete optimizer.state[p] "
-                    "for the parameter to start anew"
-                )
+                raise RuntimeError(f"{key} in the state of {name} is {found}{hint}: give it a tensor{OR_ANEW}")
             if key == "step":
-                if value.numel() != 1 or isinstance(value, DTensor):
-                    raise RuntimeError(f"step in the state of {name} has shape {tuple(value.shape)}, not ()")
+                if value.numel() != 1 or isinstance(value, DTensor) or not value.is_floating_point():
+                    raise RuntimeError(
+                        f"step in the state of {name} has shape {tuple(value.shape)} and dtype {value.dtype}: give it "
+                        f"one floating-point number{OR_ANEW}"
+                    )
                 local[key] = value
                 continue
             whole = layout(param, key, precision)
-            if not isinstance(value, DTensor) and value.shape == whole.shape:
-                piece = shard(value, self.world_size, self.rank)
-                value = state[key] = self.as_dtensor(torch.empty_like(piece).copy_(piece), whole, param)
-            piece = value.to_local() if isinstance(value, DTensor) else value
-            own = shard(whole, self.world_size, self.rank)
-            has = _kind(piece, piece.device, piece.stride())
-            needs = _kind(own, param.device, dense_strides(own))
-            if value.shape != whole.shape or has != needs:
+            if value.shape != whole.shape or value.dtype != whole.dtype or value.device != param.device:
                 raise RuntimeError(
-                    f"{key} in the state of {name} was made for another parameter than it is now, {param.dtype} of "
-                    f"shape {tuple(param.shape)} and strides {param.stride()} on {param.device}: it is {has} (shape "
-                    f"on this rank, dtype, device, strides), not {needs}. The optimizer does not follow that: build "
-                    "it after casting and moving the model, or delete optimizer.state[p] for p to start anew"
+                    f"{key} in the state of {name} has shape {tuple(value.shape)} and dtype {value.dtype} on "
+                    f"{value.device}, but the parameter, {param.dtype} of shape {tuple(param.shape)} on "
+                    f"{param.device}, needs {tuple(whole.shape)} and {whole.dtype}. The optimizer does not follow a "
+                    f"parameter that is cast or moved: build it after casting and moving the model{OR_ANEW}"
                 )
-            local[key] = piece
-        return local
+            local[key], new = self._fitting(value, whole, param)
+            if new is not None:
+                replaced[key] = new
+        for moment in moments(amsgrad=True):
+            for key in {moment, moment + CODES, moment + SCALES} & set(state):
+                if key not in stored_names(moment, precision.moments):
+                    raise RuntimeError(
+                        f"{key} in the state of {name} would not be used, as its moments are {precision.moments}: "
+                        f"set {' and '.join(stored_names(moment, precision.moments))}, or use load_state_dict()"
+                    )
+        return local, replaced
+
+    def _fitting(self, value: Tensor, whole: Tensor, param: Tensor) -> tuple[Tensor, DTensor | None]:
+        """This rank's piece of a tensor of state, dense and in the stride order of the parameter; and what has to be
+        stored for that, if not the tensor itself."""
+        own = shard(whole, self.world_size, self.rank)
+        piece = value.to_local() if isinstance(value, DTensor) else shard(value, self.world_size, self.rank)
+        if isinstance(value, DTensor) and piece.shape == own.shape and same_strides(piece, own):
+            return piece, None
+        if piece.shape != own.shape:
+            raise RuntimeError(
+                f"a state of shape {tuple(value.shape)} is sharded otherwise than this optimizer shards it: load it "
+                "with torch.distributed.checkpoint"
+            )
+        piece = torch.empty_strided(own.shape, dense_strides(own), dtype=own.dtype, device=param.device).copy_(piece)
+        return piece, self.as_dtensor(piece, whole, param)
 
 
-def _kind(piece: Tensor, device: torch.device, strides: tuple[int, ...]) -> tuple[Any, ...]:
-    """What must be right of a piece of state; the strides of dimensions of one element mean nothing."""
-    along = tuple(stride for stride, size in zip(strides, piece.shape, strict=True) if size > 1)
-    return tuple(piece.shape), piece.dtype, str(device), along if piece.numel() else ()
+# The end of a message about an entry of `state`.
+OR_ANEW = ", or delete optimizer.state[p] for the parameter p to start anew"
+
+
+def same_strides(piece: Tensor, like: Tensor) -> bool:
+    """Whether a piece is dense and in the stride order of `like`; dimensions of one element have any stride."""
+    wanted = dense_strides(like)
+    return piece.numel() == 0 or all(
+        size == 1 or mine == other for size, mine, other in zip(piece.shape, piece.stride(), wanted, strict=True)
+    )
 
 
 def layout(param: Tensor, name: str, precision: Precision) -> Tensor:

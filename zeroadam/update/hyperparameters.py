@@ -42,31 +42,38 @@ def run_adam(
 
 
 def try_group(group: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-    """Run Adam on one number, so that it raises here for hyper-parameters that it refuses."""
-    numbers: dict[str, Views] = {
-        name: [torch.zeros(1, dtype=dtype, device=device)] for name in ("weight", "grad", *MOMENTS)
-    }
-    if not group["amsgrad"]:
-        numbers["max_exp_avg_sq"] = []
-    on_device = group["fused"] or group["capturable"]
-    steps = [torch.zeros((), device=device if on_device else "cpu")]
-    run_adam(numbers["weight"], numbers["grad"], numbers, steps, group)
+    """Run Adam on single numbers, of no and of one dimension, so that it raises here for what it refuses."""
+    for shape in ((), (1,)):
+        numbers: dict[str, Views] = {
+            name: [torch.zeros(shape, dtype=dtype, device=device)] for name in ("weight", "grad", *MOMENTS)
+        }
+        if not group["amsgrad"]:
+            numbers["max_exp_avg_sq"] = []
+        on_device = group["fused"] or group["capturable"]
+        steps = [torch.zeros((), device=device if on_device else "cpu")]
+        run_adam(numbers["weight"], numbers["grad"], numbers, steps, group)
 
 
-def check_group(group: Mapping[str, Any], index: int) -> tuple[Any, ...]:
-    """What Adam must accept of a param group, but for numbers, which may change at every step.
+def check_group(group: Any, index: int) -> tuple[Any, ...]:
+    """What Adam must accept of a param group, but for numbers that may be any.
 
     Raises:
         ValueError: something is missing, or is not a number.
     """
+    if not isinstance(group, dict):
+        raise ValueError(f"param group {index} is a {type(group).__name__}, not a dict")
     for key in KEYS:
         if key not in group:
             raise ValueError(f"param group {index} has no {key!r}: give it one, or use optimizer.add_param_group()")
+    if not isinstance(group["params"], (list, tuple)):
+        raise ValueError(f"params of param group {index} is a {type(group['params']).__name__}, not a list")
     betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+    if not hasattr(betas, "__len__") or len(betas) != 2:
         raise ValueError(f"betas of param group {index} are {betas}, not two numbers")
     numbers = (group["lr"], group["eps"], group["weight_decay"], *betas)
     for key, value in zip(("lr", "eps", "weight_decay", "beta1", "beta2"), numbers, strict=True):
-        if not isinstance(value, (float, int)) and not (isinstance(value, Tensor) and value.numel() == 1):
+        is_number = value.numel() == 1 if isinstance(value, Tensor) else hasattr(value, "__float__")
+        if not is_number:
             raise ValueError(f"{key} of param group {index} is {value!r}, not a number")
-    return (*(group[key] for key in FLAGS), *map(type, numbers))
+    # The values of betas, as Adam divides by what it makes of them.
+    return (*(group[key] for key in FLAGS), *map(type, numbers), *(b for b in betas if not isinstance(b, Tensor)))
