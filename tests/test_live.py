@@ -439,7 +439,7 @@ def set_group(key: str, value: Any) -> Callable[[ZeroAdamW], Any]:
 def set_state(key: str, change: Callable[[Any], Any]) -> Callable[[ZeroAdamW], Any]:
     def edit(optimizer: ZeroAdamW) -> None:
         state = optimizer.state[optimizer.param_groups[1]["params"][1]]
-        state[key] = change(state[key])
+        state[key] = change(state.get(key))
 
     return edit
 
@@ -488,6 +488,25 @@ REFUSED: dict[str, tuple[Callable[[ZeroAdamW], Any], str]] = {
     "a step that is none": (set_state("step", float), "step in the state of parameter 1 of group 1 is a float"),
     "a state cast": (set_state("exp_avg", lambda t: t.bfloat16()), "exp_avg in the state of parameter 1 of group 1"),
     "a state of another shape": (set_state("exp_avg", lambda _: torch.ones(3)), "exp_avg in the state of parameter 1"),
+    "a beta of one": (set_group("betas", (1.0, 0.999)), "torch's Adam refuses param group 1: float division by zero"),
+    "a count that is none": (set_state("step", lambda _: torch.tensor(3)), "give it one floating-point number"),
+    "codes beside moments": (
+        set_state("exp_avg_8bit", lambda _: torch.ones(7, 5)),
+        "exp_avg_8bit .* would not be used",
+    ),
+    "a gradient of another shape": (
+        lambda o: setattr(o.param_groups[1]["params"][1].grad, "data", torch.ones(2, 5)),
+        "has a gradient of shape",
+    ),
+    "a number in place of a parameter": (
+        lambda o: o.param_groups[1]["params"].append(3),
+        "parameter 2 of group 1 is a int, not a tensor",
+    ),
+    "a generator": (set_group("params", iter([])), "params of param group 1 is a list_iterator, not a list"),
+    "a parameter cut short": (
+        lambda o: setattr(o.param_groups[1]["params"][1], "data", torch.ones(6, 5)),
+        "exp_avg in the state of parameter 1 of group 1 has shape",
+    ),
     "a sparse gradient": (
         lambda o: setattr(o.param_groups[1]["params"][1], "grad", torch.ones(7, 5).to_sparse()),
         "has a sparse gradient",
@@ -499,7 +518,7 @@ def refused() -> None:
     for name, (edit, message) in REFUSED.items():
         torch.manual_seed(0)
         params = [nn.Parameter(torch.randn(shape)) for shape in [(4, 2), (), (6,), (7, 5)]]
-        optimizer = ZeroAdamW([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
+        optimizer = ZeroAdamW([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, fused=False)
         for param in params:
             param.grad = torch.ones_like(param)
         optimizer.step()
@@ -598,3 +617,48 @@ def freed() -> None:
 def test_gradients_that_the_user_lets_go_are_freed(run_ranks: Any, world_size: int) -> None:
     """zero_grad() frees their memory before the next backward needs it again."""
     run_ranks(freed, world_size)
+
+
+def reshaped() -> None:
+    """Parameters in a buffer of their own, of which they take more or fewer rows, or another memory format."""
+    results: list[list[Tensor]] = []
+    for cls in (ZeroAdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        buffer = torch.randn(8, 4)
+        rows, image = nn.Parameter(buffer[:8]), nn.Parameter(torch.randn(5, 5, 3, 3))
+        optimizer = cls([rows, image], **ADAMW)
+        seen = []
+        for step, count in enumerate((8, 8, 5, 5, 7, 8)):
+            if rows.shape[0] != count:
+                rows.grad = None
+                rows.data = buffer[:count]
+                del optimizer.state[rows]
+            if step == 3:
+                image.grad = None
+                image.data = image.data.to(memory_format=torch.channels_last)
+            for param in (rows, image):
+                param.grad = torch.full_like(param, step + 1.0)
+            optimizer.step()
+            seen += [buffer.clone(), image.detach().clone()]
+        results.append(seen)
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_parameters_may_change_their_shape_and_memory_format(run_ranks: Any, world_size: int) -> None:
+    """A rank that owns nothing of a parameter follows as well, and rows that were cut off are trained no more."""
+    run_ranks(reshaped, world_size)
+
+
+def not_added() -> None:
+    optimizer = ZeroAdamW([nn.Parameter(torch.ones(4, 4))])
+    for key, value in (("foreach", True), ("eps", "x"), ("lr", "x")):
+        group = {"params": [nn.Parameter(torch.ones(3))], "lr": torch.tensor(0.1), "fused": False, key: value}
+        with pytest.raises((ValueError, TypeError)):
+            optimizer.add_param_group(group)
+        assert len(optimizer.param_groups) == len(optimizer.state) == 1
+        optimizer.state_dict()
+
+
+def test_a_group_that_is_refused_leaves_nothing(run_ranks: Any) -> None:
+    run_ranks(not_added, 2)

@@ -55,7 +55,7 @@ def direct_rows(tensor: Tensor, world_size: int, rules: RowRules) -> Rows | None
 def is_packed(param: Tensor, world_size: int, rules: RowRules) -> bool:
     """Whether a parameter is updated in a staging area: to travel there, or as Adam's kernels want it without gaps.
 
-    What does neither has no elements, or every rank updates all of it: at W = 1, and if it has no dimensions.
+    Parameters without elements do neither, nor those that every rank updates as a whole: all at W = 1, 0-d ones always.
     """
     if world_size == 1:
         return not is_dense(param)

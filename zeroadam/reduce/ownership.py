@@ -35,7 +35,7 @@ class Reduced:
     storage: int
     version: int
     group_name: str
-    lost: int = 0  # how often the gradient of one of its parameters was summed elsewhere since
+    lost: int = 0  # how many of its parameters have been reduced in another DDP bucket since
 
     def still_in(self, grad: Tensor) -> bool:
         return grad.untyped_storage().data_ptr() == self.storage and grad._version == self.version

@@ -19,6 +19,7 @@ from zeroadam.layout.packing import dense_strides
 from zeroadam.layout.shard import shard, shard_dim
 from zeroadam.options import Options, Precision, block_numel
 from zeroadam.state.agreement import named
+from zeroadam.update.master import MASTERS
 from zeroadam.update.rounding import CODES, SCALES, dequantize, quantize
 
 # Device types for which torch has a fused Adam kernel.
@@ -121,13 +122,15 @@ class Storage:
             local[key], new = self._fitting(value, whole, param)
             if new is not None:
                 replaced[key] = new
-        for moment in moments(amsgrad=True):
-            for key in {moment, moment + CODES, moment + SCALES} & set(state):
-                if key not in stored_names(moment, precision.moments):
-                    raise RuntimeError(
-                        f"{key} in the state of {name} would not be used, as its moments are {precision.moments}: "
-                        f"set {' and '.join(stored_names(moment, precision.moments))}, or use load_state_dict()"
-                    )
+        stored = {key for moment in moments(amsgrad=True) for key in stored_names(moment, precision.moments)}
+        others = {moment + end for moment in moments(amsgrad=True) for end in ("", CODES, SCALES)} - stored
+        if precision.master:
+            others |= set(MASTERS) - {precision.master}
+        if unused := sorted(others & set(state)):
+            raise RuntimeError(
+                f"{unused[0]} in the state of {name} would not be used, as it is stored as {', '.join(expected)}: set "
+                "these, or use load_state_dict(), which converts"
+            )
         return local, replaced
 
     def _fitting(self, value: Tensor, whole: Tensor, param: Tensor) -> tuple[Tensor, DTensor | None]:
