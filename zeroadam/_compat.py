@@ -24,6 +24,7 @@ PRIVATE = {
     "_execution_engine": "see above",
     "_get_backend": "see above",
     "_timeout": "see above",
+    "_base": "the tensor of which a gradient is a view: whether it lies in memory that stays, as in a DDP bucket",
     "_version": "how often a tensor was changed in place: whether a gradient is still what the hook wrote",
     "_foreach_add_": "lists of tensors in one call; torch's own optimizers and clipping are made of these",
     "_foreach_copy_": "likewise",

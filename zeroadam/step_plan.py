@@ -233,8 +233,8 @@ class StepPlan:
             self._made[kinds] = (self.updates, self._sources)
         self._release_updates(kinds)
         self.gradients = list(zip(params, some, pieces, divisors, strict=True))
-        # Views of a larger memory, such as a DDP bucket, are remembered. Others the user may want to free.
-        if all(grad.untyped_storage().nbytes() > grad.nbytes for grad in some):
+        # Views of another tensor, such as a DDP bucket, are remembered. Others the user may want to free.
+        if all(grad._base is not None for grad in some):
             self._grads_seen = (list(grads), places_of(some), changes())
 
     def release_gradients(self) -> None:
