@@ -662,3 +662,33 @@ def not_added() -> None:
 
 def test_a_group_that_is_refused_leaves_nothing(run_ranks: Any) -> None:
     run_ranks(not_added, 2)
+
+
+def taken_out(after: int) -> None:
+    """DDP goes on reducing a parameter that no group has any more; later it comes back."""
+    results = []
+    for cls in (ZeroAdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+        model = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        optimizer = cls(model.parameters(), **ADAMW)
+        if cls is ZeroAdamW:
+            model.register_comm_hook(optimizer, reduce_scatter_hook)
+        params = optimizer.param_groups[0]["params"]
+        taken = params[1]
+        for step in range(8):
+            if step == after:
+                del params[1]
+            if step == after + 3:
+                params.append(taken)
+            torch.manual_seed(10 * step + dist.get_rank())
+            model(torch.randn(3, 6)).square().sum().backward()
+            optimizer.step()
+            model.zero_grad()
+        results.append([param.detach() for param in model.parameters()])
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_a_parameter_is_taken_out_of_its_group_and_not_out_of_the_model(run_ranks: Any, after: int) -> None:
+    run_ranks(taken_out, 2, after)

@@ -13,7 +13,7 @@ Only a layer that differs is laid out anew. Whatever cannot be followed is refus
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, methodcaller
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from zeroadam.gather.param_bucket import ParamBucket, make_buckets, use_staging
 from zeroadam.layout.places import dtype_of, identical, places_of
 from zeroadam.layout.shard import shard_index
-from zeroadam.reduce.ownership import Reduced, changes, check_reduced, reduced_of
+from zeroadam.reduce.ownership import Owner, Reduced, changes, check_reduced, mark_held, reduced_of
 from zeroadam.state.agreement import check_supported
 from zeroadam.state.storage import ParamState, Storage
 from zeroadam.transport import Transports
@@ -157,6 +157,7 @@ class StepPlan:
         self._cuts = [shard_index(param.shape, self.world_size, self.rank) for param in params]
         self._settings = []  # as there may be parameters of other dtypes
         self._take_states(states)
+        mark_held(every, cast(Owner, self.optimizer))
         self.forget_others()
 
     # Layer 2: states

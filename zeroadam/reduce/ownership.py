@@ -43,6 +43,7 @@ class Reduced:
 
 # Ownership depends on shape and W alone: an optimizer can step on what was reduced by a hook on another one.
 _owners: list["weakref.ref[Any]"] = []  # all there are, oldest first
+_held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> weak reference to who last had it in a group
 _reduced: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> Reduced
 _changes = 0
 
@@ -91,6 +92,13 @@ def register(owner: Owner) -> None:
     _owners[:] = [other for other in _owners if other() is not None] + [weakref.ref(owner)]
 
 
+def mark_held(params: Iterable[Tensor], owner: Owner) -> None:
+    """Remember who has parameters in its groups, for the time when they are taken out and DDP still reduces them."""
+    reference = weakref.ref(owner)
+    for param in params:
+        _held[param] = reference
+
+
 def held_params() -> set[int]:
     """The ids of all parameters that are in a param group of some optimizer."""
     owners = (reference() for reference in _owners)
@@ -100,7 +108,7 @@ def held_params() -> set[int]:
 def owners_of(
     params: Sequence[Tensor], process_group: dist.ProcessGroup | None = None, first: Owner | None = None
 ) -> list[Owner]:
-    """The optimizer in whose param groups each parameter is now, over this process group if there is one.
+    """The optimizer in whose param groups each parameter is, or was last, over this process group if there is one.
 
     first: the one to take where it is among them; else the newest is.
 
@@ -112,6 +120,9 @@ def owners_of(
         if owner is not None and process_group in (None, owner.process_group):
             found |= {id(param): owner for group in owner.param_groups for param in group["params"]}
     for param in params:
+        last: Owner | None = _held[param]() if param in _held else None
+        if last is not None and process_group in (None, last.process_group):
+            found.setdefault(id(param), last)
         if id(param) not in found:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} is reduced by reduce_scatter_hook, but no ZeroAdam of the "
