@@ -26,7 +26,7 @@ class RankBytes:
     moments: int
     master: int  # float32 copies of low-precision parameters, or what they are made of
     steps: int  # the count of steps of each parameter
-    staging: int  # room for packing small parameters for the all-gather
+    staging: int  # staging memory of small parameters for the all-gather
     sent: int  # to other ranks per step, by ring algorithms; not sent where all ranks share a host's memory
 
     @property
@@ -53,9 +53,9 @@ def plan(
 ) -> list[RankBytes]:
     """The bytes of each of `world_size` ranks that train with `ZeroAdam`; as it takes them, but for the last two.
 
-    To the byte what a run allocates for as long as it lasts. On top come, with a hook, room for what is being reduced:
-    of three parts of 25 MB the small gradients, and on gloo what is received; and what the update of a bucket in
-    another precision than the parameters' makes on the way.
+    To the byte what a run allocates for as long as it lasts. On top come, with a hook, staging memory of what is being
+    reduced: of three parts of 25 MB the small gradients, and on gloo what is received; and a few MB of scratch memory
+    for updates in another precision than the parameters', or of gradients that are divided.
 
     Args:
         params: parameters or param groups, [d0, ...] each; on the meta device they need no memory. Those that require

@@ -381,7 +381,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
 
 class ZeroAdamW(ZeroAdam):
-    """`torch.optim.AdamW` that keeps 1/W of its state on each of W ranks. All else is as in `ZeroAdam`."""
+    """`torch.optim.AdamW` that shards its state over W ranks, 1/W on each. All else is as in `ZeroAdam`."""
 
     def __init__(
         self,

@@ -152,8 +152,8 @@ class StepPlan:
         self._lengths = [len(group["params"]) for group in groups]
         self._frozen = [param for param in every if id(param) not in trained]
         self._places = places_of(params)
-        held = [sum(numels) for numels in zip(*(bucket.numels for bucket in buckets), strict=True)]
-        self.imbalance = self.world_size * max(held) / max(sum(held), 1) if held else 1.0
+        total = sum(bucket.total for bucket in buckets)
+        self.imbalance = self.world_size * sum(bucket.fullest for bucket in buckets) / total if total else 1.0
         self._cuts = [shard_index(param.shape, self.world_size, self.rank) for param in params]
         self._settings = []  # as there may be parameters of other dtypes
         self._take_states(states)

@@ -40,13 +40,17 @@ class ParamBucket:
         self.packing = Packing([param.detach() for param in self.packed], world_size, rank, self.dtype)
         self.staging_bytes = self.packing.nbytes
         self.in_forward: list[bool] | None = None  # which of its gathers a forward waits for, once that is known
-        # Elements that each rank owns, and bytes of each rank's rows.
-        self.numels = [sum(shard(tensor, world_size, r).numel() for tensor in tensors) for r in range(world_size)]
+        # Elements that the first rank updates, which has the largest piece of each, and all ranks together.
+        self.fullest = sum(shard(tensor, world_size, 0).numel() for tensor in tensors)
+        self.total = sum(tensor.numel() if tensor.dim() > 0 else world_size for tensor in tensors)
+        # Bytes of each rank's rows.
         packed_numels = self.packing.row_numels
         if rules.equal:
             packed_numels = [self.packing.row_numel] * world_size
         direct_numels = [sum(rows.numels[r] for _, rows in self.direct) for r in range(world_size)]
-        self.row_bytes = [self.dtype.itemsize * sum(both) for both in zip(direct_numels, packed_numels, strict=True)]
+        row_bytes = [self.dtype.itemsize * sum(both) for both in zip(direct_numels, packed_numels, strict=True)]
+        # (sent, received) by this rank when it sends its rows to all others.
+        self.bytes_moved = ((world_size - 1) * row_bytes[rank], sum(row_bytes) - row_bytes[rank])
 
     def use(self, staging: Tensor, transport: Transport) -> None:
         """Prepare everything that a step needs; `staging` is uint8 [staging_bytes] or more."""
@@ -64,14 +68,9 @@ class ParamBucket:
         """Copy this rank's pieces of the packed parameters into its row, where they are updated."""
         self.packing.pack_own()
 
-    def bytes_of_gather(self) -> tuple[int, int]:
-        """(sent, received) by this rank when it sends its rows to all others."""
-        own = self.row_bytes[self.rank]
-        return (self.world_size - 1) * own, sum(self.row_bytes) - own
-
     def start_gather(self, meter: Meter) -> "list[Gather]":
         """Send this rank's rows and receive the others'."""
-        meter.count(*self.bytes_of_gather())
+        meter.count(*self.bytes_moved)
         waits = self._start()
         return [Gather(params, wait, unpack) for (params, unpack), wait in zip(self.groups, waits, strict=True)]
 

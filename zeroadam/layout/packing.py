@@ -41,15 +41,16 @@ def adjoins(tensor: Tensor, world_size: int) -> bool:
 def direct_rows(tensor: Tensor, world_size: int, rules: RowRules) -> Rows | None:
     """The pieces of `tensor` as rows that travel from and into where they lie; None if they do not."""
     dim = shard_dim(tensor.shape, world_size)
-    if world_size == 1 or dim is None or not adjoins(tensor, world_size):
+    if world_size == 1 or dim is None or not tensor.numel() or not adjoins(tensor, world_size):
         return None
-    numels = [
-        shard_range(tensor.shape[dim], world_size, rank)[1] * (tensor.numel() // max(tensor.shape[dim], 1))
-        for rank in range(world_size)
-    ]
-    if numels[0] * tensor.itemsize < rules.direct_bytes or (rules.equal and numels[-1] != numels[0]):
+    size = tensor.shape[dim]
+    chunk = shard_range(size, world_size, 0)[1]
+    of_one = tensor.numel() // size
+    if chunk * of_one * tensor.itemsize < rules.direct_bytes or (rules.equal and chunk * world_size != size):
         return None
-    return Rows(flat(tensor), numels[0], numels)
+    full, short = divmod(size, chunk)
+    numels = [chunk * of_one] * full + [short * of_one] * (full < world_size)
+    return Rows(flat(tensor), chunk * of_one, numels + [0] * (world_size - len(numels)))
 
 
 def is_packed(param: Tensor, world_size: int, rules: RowRules) -> bool:
