@@ -28,7 +28,6 @@ def run_adam(
         steps,
         foreach=group["foreach"],
         capturable=group["capturable"],
-        differentiable=group["differentiable"],
         fused=group["fused"],
         amsgrad=group["amsgrad"],
         beta1=beta1,
