@@ -44,9 +44,7 @@ class ParamBucket:
         self.fullest = sum(shard(tensor, world_size, 0).numel() for tensor in tensors)
         self.total = sum(tensor.numel() if tensor.dim() > 0 else world_size for tensor in tensors)
         # Bytes of each rank's rows.
-        packed_numels = self.packing.row_numels
-        if rules.equal:
-            packed_numels = [self.packing.row_numel] * world_size
+        packed_numels = self.packing.sent_numels(rules)
         direct_numels = [sum(rows.numels[r] for _, rows in self.direct) for r in range(world_size)]
         row_bytes = [self.dtype.itemsize * sum(both) for both in zip(direct_numels, packed_numels, strict=True)]
         # (sent, received) by this rank when it sends its rows to all others.

@@ -128,11 +128,14 @@ class Packing:
         self.nbytes = world_size * self.row_numel * dtype.itemsize
         self.order = order
 
+    def sent_numels(self, rules: RowRules) -> list[int]:
+        """The elements that are sent of each rank's row."""
+        return [self.row_numel] * self.world_size if rules.equal else self.row_numels
+
     def use(self, memory: Tensor, rules: RowRules) -> None:
         """Lay the staging area out in `memory`, uint8 [nbytes] or more, and prepare all views."""
         staging = memory[: self.nbytes].view(self.dtype).view(self.world_size, self.row_numel)
-        numels = [self.row_numel] * self.world_size if rules.equal else self.row_numels
-        self.rows = Rows(staging.view(-1), self.row_numel, numels)
+        self.rows = Rows(staging.view(-1), self.row_numel, self.sent_numels(rules))
         self.own_pieces = [shard(tensor, self.world_size, self.rank) for tensor in self.tensors]
         self.own_slots = self.slots_of(staging[self.rank])
         self.runs: list[tuple[Views, Tensor, list[int]]] = []  # tensors as [k, width] each, their columns, the widths

@@ -46,9 +46,7 @@ class GradBucket:
         self.packing = Packing(packed, self.world_size, self.rank, dtype)
         self.zero_dim = [grad for grad in grads if grad.dim() == 0]
         own = [rows.numels[self.rank] for rows in self.direct]
-        row_numels = self.packing.row_numels
-        if transport.rules.equal:
-            row_numels = [self.packing.row_numel] * self.world_size
+        row_numels = self.packing.sent_numels(transport.rules)
         if self.packing.tensors:
             own.append(row_numels[self.rank])
         self.received_numels = [transport.senders * numel for numel in own]

@@ -113,7 +113,7 @@ class SharedMemory:
     ) -> Callable[[], Callable[[], list[Tensor]]]:
         """See `zeroadam.transport.Transport`."""
         own = [rows[self.rank] for rows in exchanges]
-        sums = [row if row.itemsize >= 4 else torch.empty_like(row, dtype=torch.float32) for row in own]
+        sums: list[Tensor] = []  # of the reduction that is under way
         share = SLOT_BYTES // len(self.pipes) // 64 * 64  # bytes of a slot for each of the others
 
         def part_of(slot: Tensor, source: int, target: int) -> Tensor:
@@ -143,13 +143,17 @@ class SharedMemory:
             posts.append((write, read))
 
         def start() -> Callable[[], list[Tensor]]:
+            # Float32 sums of lower precisions are made for each reduction, or they would be held for the whole model.
+            sums[:] = [row if row.itemsize >= 4 else torch.empty_like(row, dtype=torch.float32) for row in own]
             for write, read in posts:
                 self.post(write, read)
             count = self.queued
 
             def finish() -> list[Tensor]:
                 self.finish(count)
-                return sums
+                found = list(sums)
+                sums.clear()
+                return found
 
             return finish
 
