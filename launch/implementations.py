@@ -23,6 +23,7 @@ from train import GPT, Block, state_bytes
 from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
 from zeroadam.layout.packing import direct_rows
 from zeroadam.transport import choose
+from zeroadam.transport.calls import Calls
 
 REFERENCE = "ddp + adamw"
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
@@ -162,7 +163,7 @@ def bare_adam(numel: int, device: torch.device) -> Callable[[], Any]:
 def bare_transfer(numel: int, device: torch.device) -> Callable[[], Any]:
     """To each rank the gradients of its share, from each its share of the parameters: the fewest bytes there are."""
     group = dist.group.WORLD
-    transport = choose(group, device.type)
+    transport = choose(group, device.type, Calls())
     rows = direct_rows(torch.zeros(numel, device=device), group.size(), transport.rules)
     assert rows is not None, "numel must be a multiple of W for this backend"
     scratch = [[torch.empty_like(rows[group.rank()]) for _ in range(transport.senders)]]

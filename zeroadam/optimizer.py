@@ -3,9 +3,10 @@
 More than 300 lines, as most of them are the signatures and docstrings of all that is public.
 """
 
+import contextlib
 import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, overload
 
 import torch
@@ -23,7 +24,15 @@ from zeroadam.reduce.hook import Reduction
 from zeroadam.reduce.join import StepAlong, refuse_in_join
 from zeroadam.reduce.ownership import register
 from zeroadam.report import Meter, StepReport
-from zeroadam.state.agreement import Manifest, check_ranks_agree, check_supported, describe_groups, joined_group
+from zeroadam.state.agreement import (
+    Manifest,
+    check_ranks_agree,
+    check_supported,
+    describe_groups,
+    describe_step,
+    digest_step,
+    joined_group,
+)
 from zeroadam.state.state_dict import (
     Loaded,
     Loading,
@@ -36,6 +45,7 @@ from zeroadam.state.state_dict import (
 from zeroadam.state.storage import Storage, choose_kernel
 from zeroadam.step_plan import StepPlan
 from zeroadam.transport import Transports
+from zeroadam.transport.calls import STEP, DisagreementError
 
 
 class ZeroAdam(torch.optim.Adam, Joinable):
@@ -148,8 +158,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         Raises:
             RuntimeError: a sparse gradient; a parameter cast or moved since its state was made; gradients that
                 something else has changed since `reduce_scatter_hook` summed them; an entry of `state` that is missing
-                or does not fit. Nothing has been changed then.
-            ValueError: param groups with which torch's Adam would fail or that cannot be sharded. Likewise.
+                or does not fit. Nothing has been changed then. Or: ranks that are out of step, differ in param groups
+                or in which parameters have gradients, or one that has failed; then nothing can go on.
+            ValueError: param groups with which torch's Adam would fail or that cannot be sharded. Nothing has changed.
         """
         refuse_torch_scaler(self)
         loss = None
@@ -161,20 +172,42 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         Join.notify_join_context(self)
         self._gathers.finish()  # of parameters that the forward has not used
         self._whole_state = None
-        self._plan.follow()
-        # Phase 1, bucket by bucket: update this rank's pieces, launch their all-gather.
-        for bucket, updates in zip(self._plan.buckets, self._plan.updates, strict=True):
-            self._gathers.free_staging(bucket)
-            with self._meter.phase("update"):
-                bucket.pack()
-                for index, update in updates:
-                    update.step(self.param_groups[index])
-            self._gathers.start(bucket)
-        # Phase 2: wait for the parameters that the next forward does not wait for.
-        self._gathers.end_step()
+        self._transports.calls.begin(STEP)
+        try:
+            self._plan.follow()
+        except Exception:
+            self._transports.refuse()
+            raise
+        if self.world_size > 1:
+            self._transports.calls.digest = digest_step(self, self._plan.with_gradients)
+        with self._ends_together():
+            # Phase 1, bucket by bucket: update this rank's pieces, launch their all-gather.
+            for bucket, updates in zip(self._plan.buckets, self._plan.updates, strict=True):
+                self._gathers.free_staging(bucket)
+                with self._meter.phase("update"):
+                    bucket.pack()
+                    for index, update in updates:
+                        update.step(self.param_groups[index])
+                self._gathers.start(bucket)
+            # Phase 2: wait for the parameters that the next forward does not wait for.
+            self._gathers.end_step()
         self._plan.release_gradients()
         self._meter.end_step(self._plan.imbalance)
         return loss
+
+    @contextlib.contextmanager
+    def _ends_together(self) -> Iterator[None]:
+        """For what has to end on all ranks: an error on one of them ends it on the others as well."""
+        try:
+            yield
+        except DisagreementError as error:  # on all ranks alike, so they can say what it is
+            self._transports.fail(error)
+            plan = self._plan
+            check_ranks_agree(self.process_group, lambda: describe_step(self, plan.params, plan.with_gradients))
+            raise
+        except BaseException as error:
+            self._transports.fail(error)
+            raise
 
     def report(self) -> StepReport:
         """What the last step cost on this rank: bytes sent and received, seconds, imbalance. No communication.

@@ -72,6 +72,7 @@ class StepPlan:
         self._states: list[ParamState] = []
         self._state_seen: Any = None
         self._grads_seen: Any = None
+        self.with_gradients: list[int] = []  # the positions of parameters that have some
         # The updates of the last few kinds of gradients: which parameters had some, of which dtypes, strides, divisors.
         self._made: dict[Any, tuple[list[list[tuple[int, Update]]], list[tuple[Update, list[int]]]]] = {}
         # The updates, with the positions of their gradients among all that there are.
@@ -208,7 +209,7 @@ class StepPlan:
     def _take_gradients(self, grads: Sequence[Tensor | None], groups: Groups) -> None:
         """Look at new gradients, and lay out the updates anew unless these gradients are like those before."""
         self._grads_seen = None
-        indices = [index for index, grad in enumerate(grads) if grad is not None]
+        self.with_gradients = indices = [index for index, grad in enumerate(grads) if grad is not None]
         params, some = [self.params[index] for index in indices], [grad for grad in grads if grad is not None]
         for param, grad in zip(params, some, strict=True):
             if grad.layout != torch.strided:

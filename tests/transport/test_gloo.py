@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from zeroadam import ZeroAdam, bf16_reduce_scatter_hook, reduce_scatter_hook
+from zeroadam.transport.calls import Calls
 from zeroadam.transport.gloo import Gloo
 
 NUMEL = 3_001_000
@@ -23,7 +24,7 @@ def gather(numels: list[int]) -> None:
     gathers = []
     for shift in range(6):  # several under way at once
         rows = rows_of(torch.full((n,), float(r + shift if r == rank else -1)) for r, n in enumerate(numels))
-        gathers.append((shift, rows, Gloo(dist.group.WORLD).prepare_gather([rows])()))
+        gathers.append((shift, rows, Gloo(dist.group.WORLD, Calls()).prepare_gather([rows])()))
     for shift, rows, (wait,) in gathers:
         wait()
         assert all(bool((row == r + shift).all()) for r, row in enumerate(rows))

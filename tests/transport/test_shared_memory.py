@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
 from zeroadam.transport import shared_memory
+from zeroadam.transport.calls import Calls
 from zeroadam.transport.shared_memory import SharedMemory, open_shared_memory
 
 HOOKS = {"none": None, "float32": reduce_scatter_hook, "bfloat16": bf16_reduce_scatter_hook}
@@ -52,7 +53,7 @@ def transport_of(optimizer: ZeroAdamW) -> Any:
 def exchange(numels: list[int]) -> None:
     small_slots()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    transport = open_shared_memory(dist.group.WORLD)
+    transport = open_shared_memory(dist.group.WORLD, Calls())
     assert transport is not None
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):

@@ -8,7 +8,9 @@ Messages are under way while backward goes on and finished by a callback at its 
 complete from the start: it only tells DDP where the gradients are, which is where they were.
 """
 
+import contextlib
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from zeroadam.reduce.join import in_join
 from zeroadam.reduce.ownership import Owner, Reduced, held_params, owners_of, reduced_of
 from zeroadam.report import Meter
 from zeroadam.transport import Transports
+from zeroadam.transport.calls import BACKWARD
 
 # Parts of DDP buckets whose reduction may be under way at once; each has staging memory of its own.
 STAGING_SLOTS = 3
@@ -87,23 +90,27 @@ class Reduction:
         if backward != -1:
             parts = self.known.get(bucket.buffer().data_ptr()) or self._know(bucket, owner, wire_dtype)
             if backward != self.backward:
+                self.transports.calls.begin(BACKWARD)
                 self.backward = backward
                 queue_callback(self.finish)
         elif joined:
             parts = self._parts(bucket, wire_dtype)
+            if not self.joined:
+                self.transports.calls.begin(BACKWARD)
             self.joined += [pair for part in parts for pair in zip(part.params, part.grads, strict=True)]
         else:
             raise RuntimeError(
                 "model.join() leaves out the optimizer, to which ranks without inputs must contribute as well: "
                 "use torch.distributed.algorithms.Join([model, optimizer])"
             )
-        for part in parts:
-            while any(part.slot == other.slot for other in self.under_way):
-                self._finish_first()
-            with self.meter.phase("reduce_scatter"):
-                part.start(self._memory(part))
-            self.meter.count(*part.bytes_moved)
-            self.under_way.append(part)
+        with self._ends_together():
+            for part in parts:
+                while any(part.slot == other.slot for other in self.under_way):
+                    self._finish_first()
+                with self.meter.phase("reduce_scatter"):
+                    part.start(self._memory(part))
+                self.meter.count(*part.bytes_moved)
+                self.under_way.append(part)
         if backward == -1:
             self.finish()
         buffer = bucket.buffer()
@@ -114,11 +121,22 @@ class Reduction:
     @torch.no_grad()
     def finish(self) -> None:
         """Finish all that is under way, and remember what the gradients are now."""
-        while self.under_way:
-            self._finish_first()
+        with self._ends_together():
+            while self.under_way:
+                self._finish_first()
         for part in self.finished:
             part.remember()
         self.finished.clear()
+
+    @contextlib.contextmanager
+    def _ends_together(self) -> Iterator[None]:
+        """An error in here ends the backward of the other ranks as well."""
+        try:
+            yield
+        except BaseException as error:
+            self.under_way.clear()
+            self.transports.fail(error)
+            raise
 
     def _finish_first(self) -> None:
         with self.meter.phase("reduce_scatter"):

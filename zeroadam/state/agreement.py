@@ -1,12 +1,15 @@
 """Whether all ranks build the same optimizer, and one that can be sharded; asked before anything can hang or drift."""
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 # What must be the same on every rank, as text, in the order in which differences are reported.
 Manifest = dict[str, str]
@@ -95,6 +98,39 @@ def describe_hyperparameters(group: dict[str, Any], index: int, defaults: dict[s
     """The values in a param group of all keys that `defaults` has."""
     values = {f"{key} of group {index}": group[key] for key in defaults}
     return {entry: str(float(value) if isinstance(value, Tensor) else value) for entry, value in values.items()}
+
+
+def digest_step(optimizer: Optimizer, with_gradients: Sequence[int]) -> int:
+    """31 bits of what must be the same on all ranks in a step: hyper-parameters, and which parameters have gradients.
+
+    with_gradients: positions among all that are trained.
+    """
+    groups, defaults = optimizer.param_groups, optimizer.defaults
+    values = [_without_tensors(group.get(key)) for group in groups for key in defaults]
+    lengths = [len(group["params"]) for group in groups]
+    return crc32(repr((values, lengths)).encode(), crc32(array("I", with_gradients))) >> 1
+
+
+def describe_step(optimizer: Optimizer, trained: Sequence[Tensor], with_gradients: Sequence[int]) -> Manifest:
+    """The same by name, and whatever else the ranks may disagree on in a step."""
+    manifest = {"the number of param groups": str(len(optimizer.param_groups))}
+    positions = {id(param): position for position, param in enumerate(trained)}
+    having = set(with_gradients)
+    for index, group in enumerate(optimizer.param_groups):
+        manifest[f"the number of parameters in group {index}"] = str(len(group["params"]))
+        for name, param in named(group, index):
+            frozen = "" if id(param) in positions else ", frozen"
+            manifest[name] = f"shape {tuple(param.shape)}, {param.dtype}{frozen}"
+            manifest[f"the gradient of {name}"] = "one" if positions.get(id(param)) in having else "none"
+        manifest |= describe_hyperparameters(group, index, optimizer.defaults)
+    return manifest
+
+
+def _without_tensors(value: Any) -> Any:
+    """A hyper-parameter, if it is no tensor, of which the value may not be known on the host yet."""
+    if isinstance(value, (tuple, list)):
+        return [_without_tensors(item) for item in value]
+    return None if isinstance(value, Tensor) else value
 
 
 def named(group: dict[str, Any], index: int) -> list[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from zeroadam.layout.rows import RowRules, Rows
 from zeroadam.transport.alone import Alone
 from zeroadam.transport.backend import Backend, backend_of
+from zeroadam.transport.calls import Calls
 from zeroadam.transport.gloo import Gloo, GlooOnDevice
 from zeroadam.transport.shared_memory import open_shared_memory
 
@@ -43,8 +44,14 @@ class Transport(Protocol):
         are there.
         """
 
+    def refuse(self) -> None:
+        """Tell the other ranks that this one refuses the call before anything was sent; nothing if all do."""
 
-def choose(process_group: dist.ProcessGroup, device_type: str) -> Transport:
+    def fail(self) -> None:
+        """Tell the other ranks that this one has failed half-way in a call. Does not wait, and does not raise."""
+
+
+def choose(process_group: dist.ProcessGroup, device_type: str, calls: Calls) -> Transport:
     """The transport for tensors on `device_type`. A collective.
 
     Raises:
@@ -57,7 +64,7 @@ def choose(process_group: dist.ProcessGroup, device_type: str) -> Transport:
         return Backend(process_group)
     if device_type != "cpu":
         return GlooOnDevice(process_group)
-    return open_shared_memory(process_group) or Gloo(process_group)
+    return open_shared_memory(process_group, calls) or Gloo(process_group, calls)
 
 
 def row_rules(backend: str, world_size: int) -> RowRules:
@@ -66,14 +73,25 @@ def row_rules(backend: str, world_size: int) -> RowRules:
 
 
 class Transports:
-    """The transports of one process group, by device type."""
+    """The transports of one process group, by device type, and the calls in which they are used."""
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
-        self.process_group = process_group
+        self.process_group, self.calls = process_group, Calls()
         self._chosen: dict[str, Transport] = {}
 
     def of(self, device_type: str) -> Transport:
         """A collective the first time."""
         if device_type not in self._chosen:
-            self._chosen[device_type] = choose(self.process_group, device_type)
+            self._chosen[device_type] = choose(self.process_group, device_type, self.calls)
         return self._chosen[device_type]
+
+    def refuse(self) -> None:
+        for transport in self._chosen.values():
+            transport.refuse()
+
+    def fail(self, error: BaseException) -> None:
+        """End all further calls, and those of the other ranks, after an error half-way in one."""
+        if self.calls.broken is None:  # or they know
+            self.calls.broken = f"{type(error).__name__}: {error}"
+            for transport in self._chosen.values():
+                transport.fail()

@@ -49,6 +49,12 @@ class Backend:
 
         return start
 
+    def refuse(self) -> None:
+        pass
+
+    def fail(self) -> None:
+        pass
+
 
 def backends(process_group: dist.ProcessGroup) -> dict[str, str]:
     """The names of the backends of a process group by device type."""

@@ -5,6 +5,7 @@ directly. So every rank sends each of the others its row. Sums are taken in rank
 or on what else is sent.
 """
 
+import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from zeroadam.layout.rows import RowRules, Rows
 from zeroadam.transport.backend import DIRECT_BYTES, backends, wait_for
+from zeroadam.transport.calls import FAILED, REFUSED, Calls, Header, digest_of, layout_digest
 
 # Larger messages between two hosts tend to go one direction at a time.
 MESSAGE_BYTES = 4 * 2**20
@@ -22,51 +24,103 @@ TAG = 0x2E60
 
 
 class Gloo:
-    """Between CPU tensors. See `zeroadam.transport.Transport`."""
+    """Between CPU tensors. See `zeroadam.transport.Transport`. A collective to make."""
 
     rules = RowRules(equal=False, direct_bytes=DIRECT_BYTES)
     waits_in_forward = True
     clears_others = False
     same_on_all_ranks = True
 
-    def __init__(self, process_group: dist.ProcessGroup) -> None:
-        self.process_group = process_group
+    def __init__(self, process_group: dist.ProcessGroup, calls: Calls) -> None:
+        self.process_group, self.calls = process_group, calls
         self.rank, self.senders = process_group.rank(), process_group.size() - 1
+        # Of the headers. Rows have tags made of it, of their layout and direction, as gloo ends a process that receives
+        # more than it expects. It differs from that of an optimizer that failed and left messages behind.
+        tags = [secrets.randbelow(2**31)]
+        dist.broadcast_object_list(tags, group=process_group, group_src=0)
+        self.tag = tags[0]
+        self.headers = 0  # how many have been sent to each of the others
+        self.refusals: list[Callable[[], None]] = []
+        self.abandoned: list[object] = []  # messages under way after a failure, and the memory that they use
 
     def prepare_gather(self, exchanges: Sequence[Rows]) -> Callable[[], list[Callable[[], None]]]:
-        starts = [self._exchange([rows[self.rank]] * len(rows), list(rows)) for rows in exchanges]
-        return lambda: [partial(wait_for, start()) for start in starts]
+        digest = layout_digest(exchanges)
+        tag = digest_of((self.tag, "gather", digest))
+        starts = [self._exchange([rows[self.rank]] * len(rows), list(rows), tag) for rows in exchanges]
+
+        def start() -> list[Callable[[], None]]:
+            check = self._send_header(self.calls.header(digest, self.headers))
+            return [partial(self._wait, check, start()) for start in starts]
+
+        return start
 
     def prepare_reduce(
         self, exchanges: Sequence[Rows], scratch: Sequence[Sequence[Tensor]]
     ) -> Callable[[], Callable[[], list[Tensor]]]:
-        own = [rows[self.rank] for rows in exchanges]
+        own, digest = [rows[self.rank] for rows in exchanges], layout_digest(exchanges)
+        tag = digest_of((self.tag, "reduce", digest))
         starts = []
         for rows, received in zip(exchanges, scratch, strict=True):
             incoming = [*received[: self.rank], rows[self.rank], *received[self.rank :]]
-            starts.append(self._exchange(list(rows), incoming))
+            starts.append(self._exchange(list(rows), incoming, tag))
 
         def start() -> Callable[[], list[Tensor]]:
+            check = self._send_header(self.calls.header(digest, self.headers))
             works = [work for start in starts for work in start()]
 
             def finish() -> list[Tensor]:
-                wait_for(works)
+                self._wait(check, works)
                 return [sum_rows(row, received, self.rank) for row, received in zip(own, scratch, strict=True)]
 
             return finish
 
         return start
 
-    def _exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> Callable[[], list[dist.Work]]:
+    def refuse(self) -> None:
+        self.refusals.append(self._send_header(self.calls.last_words(REFUSED, self.headers)))
+
+    def fail(self) -> None:
+        self.abandoned.append(self._send_header(self.calls.last_words(FAILED, self.headers)))
+
+    def _wait(self, check: Callable[[], None], works: Sequence[dist.Work]) -> None:
+        try:
+            check()
+        except RuntimeError:
+            self.abandoned += works
+            raise
+        wait_for(works)
+
+    def _send_header(self, mine: Header) -> Callable[[], None]:
+        """Starts to send a header to all others. Gives a function that waits for theirs and compares, once."""
+        while self.refusals:
+            self.refusals.pop(0)()
+        self.headers += 1
+        sent, others = torch.tensor(mine), [other for other in range(self.senders + 1) if other != self.rank]
+        received = torch.empty(len(others), len(mine), dtype=sent.dtype)
+        works = [self.process_group.recv([row], other, self.tag) for row, other in zip(received, others, strict=True)]
+        works += [self.process_group.send([sent], other, self.tag) for other in others]
+
+        def check() -> None:
+            if works:
+                wait_for(works)
+                works.clear()
+                theirs: list[Header] = [tuple(row) for row in received.tolist()]
+                self.calls.check(mine, dict(zip(others, theirs, strict=True)), self.rank)
+
+        return check
+
+    def _exchange(
+        self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], tag: int
+    ) -> Callable[[], list[dist.Work]]:
         """Starts to send `outgoing[r]` to every other rank r and to receive `incoming[r]`, in messages of a few MB."""
         rank, world_size = self.rank, self.senders + 1
         calls: list[Callable[[], dist.Work]] = []
         for distance in range(1, world_size):  # every rank starts with another peer
             target, source = (rank + distance) % world_size, (rank - distance) % world_size
             for message in messages(incoming[source]):
-                calls.append(partial(self.process_group.recv, [message], source, TAG))
+                calls.append(partial(self.process_group.recv, [message], source, tag))
             for message in messages(outgoing[target]):
-                calls.append(partial(self.process_group.send, [message], target, TAG))
+                calls.append(partial(self.process_group.send, [message], target, tag))
         return lambda: [call() for call in calls]
 
 
@@ -113,6 +167,12 @@ class GlooOnDevice:
             return lambda: [sum_rows(row, received, self.rank) for row, received in zip(own, scratch, strict=True)]
 
         return start
+
+    def refuse(self) -> None:
+        pass
+
+    def fail(self) -> None:
+        pass
 
 
 def sum_rows(own: Tensor, received: Sequence[Tensor], rank: int) -> Tensor:

@@ -1,16 +1,18 @@
-"""The transport between ranks of one host: rows through shared memory, and bytes through pipes that announce them.
+"""The transport between ranks of one host: rows through shared memory, and headers through pipes that announce them.
 
 Every rank owns a ring of slots that all others have mapped. It writes a message into the next slot of its own, and a
-byte into a pipe to each other rank; who has read a byte of each knows that all have written theirs, and reads from the
-others' slots what is for it. Twice as many slots as messages under way make sure that a slot has been read by all
-before it is written again: with k messages in flight, message n is written after the bytes of message n - k are in,
+header into a pipe to each other rank; who has read a header of each knows that all have written theirs, and reads from
+the others' slots what is for it. Twice as many slots as messages under way make sure that a slot has been read by all
+before it is written again: with k messages in flight, message n is written after the headers of message n - k are in,
 which the others sent after they had read message n - 2 k.
 """
 
+import contextlib
 import logging
 import os
 import secrets
 import select
+import struct
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,12 +25,17 @@ from torch import Tensor
 from zeroadam._compat import timeout_of
 from zeroadam.layout.rows import RowRules, Rows
 from zeroadam.transport.backend import DIRECT_BYTES
+from zeroadam.transport.calls import FAILED, REFUSED, Calls, Header, layout_digest
 from zeroadam.transport.messages import Message, cut, sum_lists
 
 SLOT_BYTES = 2**20
 MESSAGES_IN_FLIGHT = 3
 SLOTS = 2 * MESSAGES_IN_FLIGHT
 VARIABLE = "ZEROADAM_SHARED_MEMORY"  # 0 turns it off
+HEADER = struct.Struct("<4I")
+
+Write = Callable[[Tensor], None]
+Read = Callable[[Sequence[Tensor]], None]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +47,7 @@ class SharedMemory:
         regions: uint8 [SLOTS * SLOT_BYTES] of each rank.
         pipes: file descriptors to read from and to write to each rank, none for this one; closed with this object.
         timeout: seconds to wait for another rank.
+        calls: what the headers say.
     """
 
     rules = RowRules(equal=False, direct_bytes=DIRECT_BYTES)
@@ -49,27 +57,27 @@ class SharedMemory:
     senders = 0
 
     def __init__(
-        self, rank: int, regions: Sequence[Tensor], pipes: Mapping[int, tuple[int, int]], timeout: float
+        self, rank: int, regions: Sequence[Tensor], pipes: Mapping[int, tuple[int, int]], timeout: float, calls: Calls
     ) -> None:
-        self.rank, self.pipes, self.timeout = rank, pipes, timeout
+        self.rank, self.pipes, self.timeout, self.calls = rank, pipes, timeout, calls
         # By number of the slot, as all ranks use the same at a time: [SLOTS][W] of uint8 [SLOT_BYTES].
         self.slots = list(zip(*(region.view(SLOTS, -1) for region in regions), strict=True))
         self.queued = self.posted = self.read = 0
-        # (write, read) of messages for which there was no slot yet, and `read` of those under way.
-        self.queue: deque[tuple[Callable[[Tensor], None], Callable[[Sequence[Tensor]], None]]] = deque()
-        self.under_way: deque[Callable[[Sequence[Tensor]], None]] = deque()
+        # (digest, write, read) of messages for which there was no slot yet; (header, read) of those under way.
+        self.queue: deque[tuple[int, Write, Read]] = deque()
+        self.under_way: deque[tuple[Header, Read]] = deque()
         self.polls: dict[int, select.poll] = {}
         for other, (source, _) in pipes.items():
             self.polls[other] = select.poll()
             self.polls[other].register(source, select.POLLIN)
         weakref.finalize(self, _close, [end for ends in pipes.values() for end in ends])
 
-    def post(self, write: Callable[[Tensor], None], read: Callable[[Sequence[Tensor]], None]) -> None:
+    def post(self, digest: int, write: Write, read: Read) -> None:
         """Send a message: `write` fills this rank's slot, `read` gets those of all ranks when all have written.
 
         Does not wait: what finds no slot is sent with later messages, or by `finish`. Raises as that.
         """
-        self.queue.append((write, read))
+        self.queue.append((digest, write, read))
         self.queued += 1
         while self.queue and (len(self.under_way) < MESSAGES_IN_FLIGHT or self._first_is_there()):
             self._post_first()
@@ -78,7 +86,7 @@ class SharedMemory:
         """Wait until the first `count` messages ever posted have been read.
 
         Raises:
-            RuntimeError: another rank has ended, or not come in time.
+            RuntimeError: another rank has ended, failed, or not come in time, or it is in another call.
         """
         while self.read < count:
             while self.queue and len(self.under_way) < MESSAGES_IN_FLIGHT:
@@ -87,7 +95,7 @@ class SharedMemory:
 
     def prepare_gather(self, exchanges: Sequence[Rows]) -> Callable[[], list[Callable[[], None]]]:
         """See `zeroadam.transport.Transport`: one function waits for all exchanges, as they share messages."""
-        posts = []
+        posts, digest = [], layout_digest(exchanges)
         for message in cut(exchanges, SLOT_BYTES):
 
             def write(slot: Tensor, message: Message = message) -> None:
@@ -101,7 +109,7 @@ class SharedMemory:
 
         def start() -> list[Callable[[], None]]:
             for write, read in posts:
-                self.post(write, read)
+                self.post(digest, write, read)
             return [partial(self.finish, self.queued)] * len(exchanges)
 
         return start
@@ -120,7 +128,7 @@ class SharedMemory:
             index = target if target < source else target - 1
             return slot[index * share : (index + 1) * share]
 
-        posts = []
+        posts, digest = [], layout_digest(exchanges)
         for message in cut(exchanges, share):
 
             def write(slot: Tensor, message: Message = message) -> None:
@@ -146,7 +154,7 @@ class SharedMemory:
             # Float32 sums of lower precisions are made for each reduction, or they would be held for the whole model.
             sums[:] = [row if row.itemsize >= 4 else torch.empty_like(row, dtype=torch.float32) for row in own]
             for write, read in posts:
-                self.post(write, read)
+                self.post(digest, write, read)
             count = self.queued
 
             def finish() -> list[Tensor]:
@@ -159,33 +167,50 @@ class SharedMemory:
 
         return start
 
+    def refuse(self) -> None:
+        self.queued += 1
+        self._announce(self.calls.last_words(REFUSED, self.posted), lambda _: None)
+
+    def fail(self) -> None:
+        header = HEADER.pack(*self.calls.last_words(FAILED, self.posted))
+        for _, target in self.pipes.values():
+            with contextlib.suppress(OSError):  # that rank has ended
+                os.write(target, header)
+
     def _post_first(self) -> None:
-        if len(self.under_way) == MESSAGES_IN_FLIGHT:
+        while len(self.under_way) >= MESSAGES_IN_FLIGHT:
             self._read_first()
-        write, read = self.queue.popleft()
+        digest, write, read = self.queue.popleft()
         write(self.slots[self.posted % SLOTS][self.rank])
+        self._announce(self.calls.header(digest, self.posted), read)
+
+    def _announce(self, header: Header, read: Read) -> None:
         for rank, (_, target) in self.pipes.items():
             try:
-                os.write(target, b"1")  # a system call, so whoever reads it sees the slot as it is now
+                os.write(target, HEADER.pack(*header))  # a system call: whoever reads it sees the slot as it is now
             except BrokenPipeError:
                 raise RuntimeError(f"rank {rank} of the process group has ended") from None
-        self.under_way.append(read)
+        self.under_way.append((header, read))
         self.posted += 1
 
     def _first_is_there(self) -> bool:
         return all(poll.poll(0) for poll in self.polls.values())
 
     def _read_first(self) -> None:
+        mine, read = self.under_way.popleft()
+        theirs: dict[int, Header] = {}
         for rank, (source, _) in self.pipes.items():
             if not self.polls[rank].poll(min(1000 * self.timeout, 2**31 - 1)):
                 raise RuntimeError(f"rank {rank} of the process group did not come within {self.timeout:.0f} s")
-            if not os.read(source, 1):
+            if not (packed := os.read(source, HEADER.size)):
                 raise RuntimeError(f"rank {rank} of the process group has ended")
-        self.under_way.popleft()(self.slots[self.read % SLOTS])
+            theirs[rank] = HEADER.unpack(packed)
+        self.calls.check(mine, theirs, self.rank)
+        read(self.slots[self.read % SLOTS])
         self.read += 1
 
 
-def open_shared_memory(process_group: dist.ProcessGroup) -> SharedMemory | None:
+def open_shared_memory(process_group: dist.ProcessGroup, calls: Calls) -> SharedMemory | None:
     """Join the memory of all ranks; None on every rank, and a line in the log, where that cannot be. A collective.
 
     Neither the regions nor the pipes have a name in any file system, so nothing of them can stay behind.
@@ -222,7 +247,7 @@ def open_shared_memory(process_group: dist.ProcessGroup) -> SharedMemory | None:
             return None
     pipes = {other: (offered.readers[other], opened[other]) for other in opened}
     timeout = timeout_of(process_group, "cpu")
-    return SharedMemory(rank, regions, pipes, timeout)
+    return SharedMemory(rank, regions, pipes, timeout, calls)
 
 
 class _Offer:

@@ -1,0 +1,107 @@
+"""What every rank says with its messages about itself, so that ranks out of step raise instead of mixing numbers up.
+
+All ranks make the same calls of `step()` and `backward()` in the same order. A rank that leaves one out would have its
+rows of one call added up with the others' rows of another. So a header goes with the messages: which call this is, how
+many there were before, and a digest of what has to be the same on all ranks.
+"""
+
+from collections.abc import Mapping, Sequence
+from zlib import crc32
+
+from zeroadam.layout.rows import Rows
+
+Header = tuple[int, int, int, int]  # kind of call, its number, digest, how many headers were sent before
+
+NOTHING, STEP, BACKWARD, REFUSED, FAILED = range(5)
+NAMES = {NOTHING: "nothing yet", STEP: "step()", BACKWARD: "backward()"}
+
+LIKELY_CAUSE = (
+    "One rank has left out or repeated a step() or a backward(): by a condition on its own loss or gradients, an "
+    "exception that it caught, or Ctrl-C. With reduce_scatter_hook only its owner sees a nan in p.grad: ask "
+    "optimizer.grads_are_finite(), or decide on a number that was all-reduced. The parameters are no longer alike: "
+    "start again from a checkpoint"
+)
+
+
+class DisagreementError(RuntimeError):
+    """All ranks are in the same call, but what must be the same in it differs."""
+
+
+class Calls:
+    """The calls that this rank has made, shared by the transports of an optimizer."""
+
+    def __init__(self) -> None:
+        self.kind, self.digest = NOTHING, 0
+        self.numbers = {NOTHING: 0, STEP: 0, BACKWARD: 0}
+        self.broken: str | None = None  # why no further call can be made
+
+    def begin(self, kind: int) -> None:
+        """Raises RuntimeError if an earlier call has failed half-way."""
+        if self.broken is not None:
+            raise RuntimeError(
+                f"an earlier call has failed half-way, so nothing can go on: start again from a checkpoint. It was: "
+                f"{self.broken}"
+            )
+        self.kind, self.digest = kind, 0
+        self.numbers[kind] += 1
+
+    @property
+    def current(self) -> tuple[int, int]:
+        return self.kind, self.numbers[self.kind]
+
+    def header(self, digest: int, count: int) -> Header:
+        """digest: of the layout of the rows, 32 bits. count: of headers before this one."""
+        return self.kind, self.numbers[self.kind], digest ^ self.digest, count % 2**31
+
+    def check(self, mine: Header, theirs: Mapping[int, Header], rank: int) -> None:
+        """Raise RuntimeError if another rank has sent another header than this one, and for all calls from now on."""
+        try:
+            _compare(mine, theirs, rank)
+        except RuntimeError as error:
+            self.broken = self.broken or str(error)
+            raise
+
+    def last_words(self, kind: int, count: int) -> Header:
+        """The header of a rank that has refused or failed in a call, which the others then are in as well."""
+        return kind, self.numbers[self.kind], self.kind, count % 2**31
+
+
+def digest_of(what: object) -> int:
+    """31 bits that are the same on all ranks for what has the same text."""
+    return crc32(repr(what).encode()) >> 1
+
+
+def layout_digest(exchanges: Sequence[Rows]) -> int:
+    return digest_of([(list(rows.numels), rows.memory.dtype) for rows in exchanges])
+
+
+def _compare(mine: Header, theirs: Mapping[int, Header], rank: int) -> None:
+    """Raise if another rank has sent another header than this one.
+
+    Raises:
+        DisagreementError: all are in the same call, with other digests.
+        RuntimeError: they are not.
+    """
+    others = {other: header for other, header in theirs.items() if header != mine}
+    if not others:
+        return
+    for other, (kind, number, call, _) in others.items():
+        if kind in (REFUSED, FAILED):
+            failed = f"{'refused' if kind == REFUSED else 'failed in'} {NAMES[call]} {number}"
+            raise RuntimeError(f"rank {other} of the process group {failed}: its own error says why")
+    every = {rank: mine, **theirs}
+    if all((kind, number, count) == (mine[0], mine[1], mine[3]) for kind, number, _, count in every.values()):
+        raise DisagreementError(
+            f"the ranks of the process group disagree in {NAMES.get(mine[0], '')} {mine[1]}, rank {rank} with "
+            f"{_ranks(others)}: on param_groups, on which parameters are trained or have gradients, or on their buckets"
+        )
+    calls: dict[str, list[int]] = {}
+    for other, (kind, number, call, _) in sorted(every.items()):
+        name = f"{NAMES[kind]} {number}" if kind in NAMES else f"{NAMES[call]} {number}, which it refused"
+        calls.setdefault(name, []).append(other)
+    where = "; ".join(f"{_ranks(ranks)} in {call}" for call, ranks in calls.items())
+    raise RuntimeError(f"the ranks of the process group are out of step: {where}. {LIKELY_CAUSE}")
+
+
+def _ranks(ranks: "Sequence[int] | Mapping[int, object]") -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
