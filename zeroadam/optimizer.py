@@ -18,11 +18,11 @@ from torch.optim.optimizer import ParamsT
 from zeroadam.gather.gathers import Gathers
 from zeroadam.gather.in_forward import ForwardGather
 from zeroadam.options import Options
-from zeroadam.reduce.clip import clip_grad_norm_
+from zeroadam.reduce.clip import all_finite, clip_grad_norm_
 from zeroadam.reduce.grad_scaler import refuse_torch_scaler
 from zeroadam.reduce.hook import Reduction
 from zeroadam.reduce.join import StepAlong, refuse_in_join
-from zeroadam.reduce.ownership import register
+from zeroadam.reduce.ownership import accept_zeroing, forget_old, register
 from zeroadam.report import Meter, StepReport
 from zeroadam.state.agreement import (
     Manifest,
@@ -141,6 +141,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._step_supports_amp_scaling = False
         self._whole_state: dict[Any, Any] | None = None  # after consolidate_state_dict, on one rank
         register(self)
+        forget_old(param for group in self.param_groups for param in group["params"])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -148,6 +149,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient. A collective of the process group.
@@ -263,6 +265,29 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._plan.accept_changes()
         self._plan.release_gradients()
         return total
+
+    @torch.no_grad()
+    def grads_are_finite(self) -> bool:
+        """Whether no gradient has an inf or a nan, the same answer on every rank, with or without the hook.
+
+        For training loops that skip a step then: with the hook, `p.grad` shows it on one rank only. A collective: one
+        all-reduce of a number, for which the host waits.
+
+        Raises:
+            RuntimeError: inside `Join`; or see `step`.
+        """
+        refuse_in_join(self, "grads_are_finite()")
+        self._plan.follow()
+        finite = all_finite(self._plan.gradients, self.process_group, self.join_device)
+        self._plan.release_gradients()
+        return finite
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in `torch.optim.Optimizer`. Gradients that it zeroes in place leave those of other optimizers valid."""
+        params = [] if set_to_none else [param for group in self.param_groups for param in group["params"]]
+        accept = accept_zeroing(params)
+        super().zero_grad(set_to_none)
+        accept()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as in `torch.optim.Optimizer`, also in the middle of training. A collective then.

@@ -43,6 +43,13 @@ def clip_grad_norm_(
     return total.float()
 
 
+def all_finite(gradients: Sequence[Gradient], process_group: dist.ProcessGroup, device: torch.device) -> bool:
+    """See `ZeroAdam.grads_are_finite`."""
+    finite = _norm_of(gradients, math.inf, process_group.rank(), device).isfinite().float()
+    dist.all_reduce(finite, dist.ReduceOp.MIN, group=process_group)
+    return bool(finite)
+
+
 def _norm_of(gradients: Sequence[Gradient], norm_type: float, rank: int, device: torch.device) -> Tensor:
     """The norm of this rank's pieces of the mean gradients: [] float64."""
     of_divisor: dict[int, list[Tensor]] = {}

@@ -5,7 +5,7 @@ clipping by this rank's norm. That would be wrong in silence. So the hook notes 
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -83,8 +83,38 @@ def check_reduced(param: Tensor, grad: Tensor, reduced: Reduced, process_group: 
             f"the gradient of a parameter of shape {tuple(param.shape)} was changed after reduce_scatter_hook summed "
             "it, which only its owner would notice: clip with optimizer.clip_grad_norm_(), not with "
             "torch.nn.utils.clip_grad_norm_(); scale with zeroadam.GradScaler; end accumulation with a backward "
-            "outside of no_sync()"
+            "outside of no_sync(); mask with p.register_hook(), which runs before the sum; for all else train without "
+            "the hook. To go on without it, build a new optimizer and load this one's state"
         )
+
+
+def forget_old(params: Iterable[Tensor]) -> None:
+    """For a new optimizer: forget what a hook wrote to gradients that are gone. If it runs again, it notes it anew."""
+    global _changes
+    for param in params:
+        reduced = reduced_of(param)
+        if reduced is not None and (param.grad is None or not reduced.still_in(param.grad)):
+            del _reduced[param]
+            reduced.lost += 1
+            _changes += 1
+
+
+def accept_zeroing(params: Iterable[Tensor]) -> Callable[[], None]:
+    """To be called before gradients are zeroed in place; gives a function for afterwards.
+
+    The gradients of a DDP bucket share their version counter, so zeroing some of them looks like a change of all.
+    """
+    unchanged: dict[int, tuple[Tensor, Reduced]] = {}
+    for param in params:
+        reduced = reduced_of(param)
+        if reduced is not None and param.grad is not None and reduced.still_in(param.grad):
+            unchanged[id(reduced)] = (param.grad, reduced)
+
+    def accept() -> None:
+        for grad, reduced in unchanged.values():
+            reduced.version = grad._version
+
+    return accept
 
 
 def register(owner: Owner) -> None:

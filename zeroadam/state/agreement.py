@@ -86,6 +86,8 @@ def describe_groups(groups: list[dict[str, Any]], first: int, defaults: dict[str
         for name, param in named(group, index):
             frozen = "" if param.requires_grad else ", frozen"
             manifest[name] = f"shape {tuple(param.shape)}, stride {param.stride()}, {param.dtype}{frozen}"
+            if type(param.detach()) is not Tensor and not param.requires_grad:
+                continue  # of a quantized weight, whose bits only its class knows
             values[
                 f"the values of {name} (wrap the model in DistributedDataParallel before building the optimizer, "
                 "or broadcast the parameters from one rank)"

@@ -1,0 +1,194 @@
+"""The hook in the company of other people's code: right, or refused with a cure; each against DDP and torch's AdamW."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from zeroadam import ZeroAdamW, reduce_scatter_hook
+
+ADAMW = {"lr": 0.1, "fused": False}
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 3))
+
+
+def inputs(step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2 * step + dist.get_rank())
+    return torch.randint(-4, 4, (2, 8), generator=generator).float()
+
+
+def wrapped(net: nn.Module, optimizer: Any, hook: bool) -> DistributedDataParallel:
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    if hook:
+        model.register_comm_hook(optimizer, reduce_scatter_hook)
+    return model
+
+
+def same(ours: nn.Module, reference: nn.Module) -> None:
+    """DDP divides before it adds, and the hook after, so that the mean of two may differ in the last place."""
+    for mine, its in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)
+
+
+def skip_nan(hook: bool) -> None:
+    trained = []
+    for cls in (torch.optim.AdamW, ZeroAdamW):
+        net = network()
+        optimizer = cls(net.parameters(), **ADAMW)
+        model = wrapped(net, optimizer, hook and cls is ZeroAdamW)
+        for step in range(5):
+            loss = model(inputs(step)).square().sum()
+            if step == 2:  # in one element, of which one rank is the owner
+                loss = loss + net[0].weight[step + dist.get_rank(), 0] * float("nan")
+            elif step == 3:
+                loss = loss * float("inf")
+            loss.backward()
+            finite = all(bool(p.grad.isfinite().all()) for p in net.parameters())
+            if cls is ZeroAdamW:
+                finite = optimizer.grads_are_finite()
+            assert finite == (step not in (2, 3))
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad()
+        trained.append(net)
+    same(*trained)
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_all_ranks_learn_of_a_nan(run_ranks: Any, world_size: int, hook: bool) -> None:
+    run_ranks(skip_nan, world_size, hook)
+
+
+def zero_in_place() -> None:
+    trained = []
+    for cls in (torch.optim.AdamW, ZeroAdamW):
+        net = network()
+        first, second = cls(net[0].parameters(), **ADAMW), cls(net[2].parameters(), **ADAMW)
+        model = wrapped(net, first, cls is ZeroAdamW)
+        for step in range(4):
+            model(inputs(step)).square().sum().backward()
+            first.step()
+            first.zero_grad(set_to_none=False)
+            second.step()
+            second.zero_grad(set_to_none=False)
+        trained.append(net)
+    same(*trained)
+    model(inputs(4)).square().sum().backward()
+    net[2].weight.grad.mul_(2)
+    first.zero_grad(set_to_none=False)  # which does not make that change one of ours
+    with pytest.raises(RuntimeError, match="changed after reduce_scatter_hook"):
+        second.step()
+
+
+def test_an_optimizer_that_zeroes_in_place_does_not_block_another(run_ranks: Any) -> None:
+    run_ranks(zero_in_place, 2)
+
+
+def phases() -> None:
+    """With the hook, without it, with it again, without DDP; each time a new optimizer takes the state over."""
+    trained = []
+    for cls in (torch.optim.AdamW, ZeroAdamW):
+        net, state = network(), None
+        for phase, hook in enumerate((True, False, True, None)):
+            optimizer = cls(net.parameters(), **ADAMW)
+            if state is not None:
+                optimizer.load_state_dict(state)
+            model = net if hook is None else wrapped(net, optimizer, hook and cls is ZeroAdamW)
+            for step in range(3):
+                model(inputs(3 * phase + step)).square().sum().backward()
+                for param in net.parameters() if hook is None else ():
+                    param.grad = param.grad.clone()
+                    dist.all_reduce(param.grad)
+                optimizer.step()
+                optimizer.zero_grad()
+            state = optimizer.state_dict()
+            del model
+        trained.append(net)
+    same(*trained)
+
+
+def test_a_model_goes_on_without_the_hook(run_ranks: Any) -> None:
+    run_ranks(phases, 2)
+
+
+def new_optimizer_in_between() -> None:
+    """A new optimizer on a model whose hook goes on, also while gradients are there, still knows what they are."""
+    trained = []
+    for cls in (torch.optim.AdamW, ZeroAdamW):
+        net = network()
+        optimizer = cls(net.parameters(), **ADAMW)
+        model = wrapped(net, optimizer, cls is ZeroAdamW)
+        for step in range(6):
+            model(inputs(step)).square().sum().backward()
+            if step == 2:
+                optimizer = cls(net.parameters(), **ADAMW)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 4:
+                optimizer = cls(net.parameters(), **ADAMW)
+        trained.append(net)
+    same(*trained)
+
+
+def test_a_new_optimizer_under_an_old_hook(run_ranks: Any) -> None:
+    run_ranks(new_optimizer_in_between, 2)
+
+
+def compiled_step() -> None:
+    trained = []
+    for cls in (torch.optim.AdamW, ZeroAdamW):
+        net = network()
+        optimizer = cls(net.parameters(), **ADAMW)
+        model = wrapped(net, optimizer, cls is ZeroAdamW)
+        step = torch.compile(optimizer.step, backend="eager") if cls is ZeroAdamW else optimizer.step
+        for iteration in range(3):
+            model(inputs(iteration)).square().sum().backward()
+            step()
+            optimizer.zero_grad()
+        trained.append(net)
+    same(*trained)
+
+
+def test_a_compiled_step(run_ranks: Any) -> None:
+    run_ranks(compiled_step, 2)
+
+
+class Quantized(Tensor):
+    """A weight in 8 bits that can do nothing but be held, as those of torchao."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor) -> "Quantized":
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes: Tensor) -> None:
+        self.codes = codes
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return Quantized(args[0].codes)
+        raise NotImplementedError(function)
+
+
+def frozen_subclass() -> None:
+    frozen = nn.Parameter(Quantized(torch.ones(8, 8, dtype=torch.int8)), requires_grad=False)
+    net = network()
+    optimizer = ZeroAdamW([frozen, *net.parameters()], **ADAMW)
+    reference = torch.optim.AdamW((copied := network()).parameters(), **ADAMW)
+    for param, its in zip(net.parameters(), copied.parameters(), strict=True):
+        param.grad, its.grad = torch.ones_like(param), torch.ones_like(its)
+    for one in (optimizer, reference):
+        one.step()
+    assert all(map(torch.equal, net.parameters(), copied.parameters()))
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_a_frozen_weight_of_a_tensor_subclass(run_ranks: Any) -> None:
+    run_ranks(frozen_subclass, 2)
