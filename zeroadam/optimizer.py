@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 from zeroadam.gather.gathers import Gathers
 from zeroadam.gather.in_forward import ForwardGather
 from zeroadam.options import Options
-from zeroadam.reduce.clip import all_finite, clip_grad_norm_
+from zeroadam.reduce.clip import all_finite, clip_grad_norm_, clip_grad_value_
 from zeroadam.reduce.grad_scaler import refuse_torch_scaler
 from zeroadam.reduce.hook import Reduction
 from zeroadam.reduce.join import StepAlong, refuse_in_join
@@ -244,7 +244,6 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         """Wait until all parameters are on this rank. Needed after `gather_in_forward` only; see there."""
         self._gathers.finish()
 
-    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_` over the mean gradients of all parameters, with or without the hook.
 
@@ -256,17 +255,12 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         Raises:
             RuntimeError: the norm is not finite and `error_if_nonfinite` is set; inside `Join`; or see `step`.
         """
-        refuse_in_join(self, "clip_grad_norm_()")
-        self._plan.follow()
-        gradients = self._plan.gradients
-        total = clip_grad_norm_(
-            gradients, max_norm, norm_type, error_if_nonfinite, self.process_group, self.join_device
-        )
-        self._plan.accept_changes()
-        self._plan.release_gradients()
-        return total
+        return clip_grad_norm_([self], max_norm, norm_type, error_if_nonfinite)
 
-    @torch.no_grad()
+    def clip_grad_value_(self, clip_value: float) -> None:
+        """`torch.nn.utils.clip_grad_value_` over the mean gradients, with or without the hook. No communication."""
+        clip_grad_value_([self], clip_value)
+
     def grads_are_finite(self) -> bool:
         """Whether no gradient has an inf or a nan, the same answer on every rank, with or without the hook.
 
@@ -276,11 +270,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         Raises:
             RuntimeError: inside `Join`; or see `step`.
         """
-        refuse_in_join(self, "grads_are_finite()")
-        self._plan.follow()
-        finite = all_finite(self._plan.gradients, self.process_group, self.join_device)
-        self._plan.release_gradients()
-        return finite
+        return all_finite(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in `torch.optim.Optimizer`. Gradients that it zeroes in place leave those of other optimizers valid."""

@@ -99,7 +99,7 @@ class StepPlan:
         if not self._gradients_are_current(grads):
             self._take_gradients(grads, groups)
         for param, grad, reduced in self.reduced:
-            check_reduced(param, grad, reduced, self.storage.process_group)
+            check_reduced(param, grad, reduced, self.storage.process_group, values=True)
         if self._state_seen is None:
             self._store_states(groups)
 
@@ -119,7 +119,7 @@ class StepPlan:
     def accept_changes(self) -> None:
         """Take the gradients as they are now for what the hook wrote; for changes that all ranks make alike."""
         for _, grad, reduced in self.reduced:
-            reduced.version = grad._version
+            reduced.remember(grad)
 
     # Layer 1: buckets
 

@@ -1,5 +1,8 @@
 """The hook in the company of other people's code: right, or refused with a cure; each against DDP and torch's AdamW."""
 
+import itertools
+import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import zeroadam
 from zeroadam import ZeroAdamW, reduce_scatter_hook
+from zeroadam.layout.shard import shard
 
 ADAMW = {"lr": 0.1, "fused": False}
 
@@ -158,6 +163,101 @@ def compiled_step() -> None:
 
 def test_a_compiled_step(run_ranks: Any) -> None:
     run_ranks(compiled_step, 2)
+
+
+EDITS: dict[str, Callable[[Tensor], Any]] = {
+    "normalised": lambda grad: grad.data.mul_(1 / grad.data.norm()),
+    "clamped": lambda grad: grad.data.clamp_(-1e-3, 1e-3),
+    "noise": lambda grad: grad.data.add_(torch.randn(grad.shape)),
+    "set": lambda grad: grad.data.copy_(torch.ones(grad.shape)),
+    "detached": lambda grad: grad.detach().mul_(2),
+    "numpy": lambda grad: grad.numpy().__imul__(2),
+    "plain": lambda grad: grad.mul_(2),
+}
+
+
+def edited(edit: str) -> None:
+    """Every parameter alone, on one rank alone as well: the others are then told at once."""
+    for index, everywhere in itertools.product(range(4), (True, False)):
+        group = dist.new_group()
+        net = network()
+        optimizer = ZeroAdamW(net.parameters(), process_group=group, **ADAMW)
+        model = DistributedDataParallel(net, gradient_as_bucket_view=True, process_group=group)
+        model.register_comm_hook(optimizer, reduce_scatter_hook)
+        for step in range(3):
+            model(inputs(step)).square().sum().backward()
+            before = [param.detach().clone() for param in net.parameters()]
+            if step == 2 and (everywhere or dist.get_rank() == 1):
+                EDITS[edit](list(net.parameters())[index].grad)
+            if step < 2:
+                optimizer.step()
+                optimizer.zero_grad()
+                continue
+            if everywhere or dist.get_rank() == 1:
+                with pytest.raises(RuntimeError, match="was changed after reduce_scatter_hook summed it"):
+                    optimizer.step()
+                assert all(map(torch.equal, net.parameters(), before))
+            else:
+                with pytest.raises(RuntimeError, match=r"rank 1 of the process group refused step\(\) 3"):
+                    optimizer.step()
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edits_of_gradients_are_refused(run_ranks: Any, edit: str) -> None:
+    run_ranks(edited, 2, edit)
+
+
+def one_element() -> None:
+    """With all values compared, none passes; a thousandth of them find what changes at least so many."""
+    os.environ["ZEROADAM_CHECK_GRADIENTS"] = "all"
+    net = nn.Linear(64, 64)
+    optimizer = ZeroAdamW(net.parameters(), **ADAMW)
+    model = wrapped(net, optimizer, True)
+    model(torch.ones(1, 64)).sum().backward()
+    mine = shard(net.weight.grad, dist.get_world_size(), dist.get_rank())
+    for element in range(mine.numel()):
+        before = mine.data.view(-1)[element].clone()
+        mine.data.view(-1)[element] += 1
+        with pytest.raises(RuntimeError, match="was changed after"):
+            optimizer.clip_grad_value_(1.0)
+        mine.data.view(-1)[element] = before
+    optimizer.clip_grad_value_(1.0)
+
+
+def test_a_single_element_if_all_are_compared(run_ranks: Any) -> None:
+    run_ranks(one_element, 2)
+
+
+def clipped(hook: bool, kind: float | str) -> None:
+    """Two optimizers over one model, clipped by the norm of both together, or by value."""
+    trained, expected = [], []
+    for cls in (torch.optim.AdamW, ZeroAdamW):
+        net = network()
+        both = [cls(net[0].parameters(), **ADAMW), cls(net[2].parameters(), **ADAMW)]
+        model = wrapped(net, both[0], hook and cls is ZeroAdamW)
+        for step in range(4):
+            model(inputs(step)).square().sum().backward()
+            if cls is ZeroAdamW and kind == "value":
+                zeroadam.clip_grad_value_(both, 0.3)
+            elif cls is ZeroAdamW:
+                norm = zeroadam.clip_grad_norm_(both, 0.1, kind)
+                torch.testing.assert_close(norm, expected[step])
+            elif kind == "value":
+                torch.nn.utils.clip_grad_value_(net.parameters(), 0.3)
+            else:
+                expected.append(torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1, kind))
+            for optimizer in both:
+                optimizer.step()
+                optimizer.zero_grad()
+        trained.append(net)
+    same(*trained)
+
+
+@pytest.mark.parametrize("kind", [2.0, 1.0, float("inf"), "value"])
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_optimizers_are_clipped_together(run_ranks: Any, world_size: int, hook: bool, kind: float | str) -> None:
+    run_ranks(clipped, world_size, hook, kind)
 
 
 class Quantized(Tensor):

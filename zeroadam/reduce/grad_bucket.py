@@ -99,7 +99,8 @@ class GradBucket:
 
     def remember(self) -> None:
         """Note which version the gradients are, once nothing more is written to their bucket."""
-        self.reduced.version = self.grads[0]._version
+        if self.reduced.version != self.grads[0]._version:  # or another part of the bucket has seen to it
+            self.reduced.remember(self.grads[0])
         if self.noted != self.reduced.lost:  # not every time, as it takes longer than all the rest
             self.noted = self.reduced.lost
             note(self.params, self.reduced)

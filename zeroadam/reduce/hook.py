@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zeroadam._compat import current_graph_task_id, queue_callback
 from zeroadam.layout.packing import is_dense, split_by_size
+from zeroadam.layout.shard import shard
 from zeroadam.reduce.grad_bucket import GradBucket
 from zeroadam.reduce.join import in_join
 from zeroadam.reduce.ownership import Owner, Reduced, held_params, owners_of, reduced_of
@@ -191,7 +192,8 @@ class Reduction:
         buffer = bucket.buffer()
         transport = self.transports.of(buffer.device.type)
         # One note for all parts: the gradients of a bucket share their version counter.
-        reduced = Reduced(buffer.untyped_storage().data_ptr(), -1, self.process_group.group_name)
+        own = [shard(grad, self.process_group.size(), self.process_group.rank()) for grad in grads.values()]
+        reduced = Reduced(buffer.untyped_storage().data_ptr(), self.process_group.group_name, own)
         return [
             GradBucket(
                 params,

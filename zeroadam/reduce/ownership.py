@@ -4,14 +4,18 @@ Gradients that live on their owner only must not be changed by code that believe
 clipping by this rank's norm. That would be wrong in silence. So the hook notes what it wrote, and `step()` compares.
 """
 
+import math
+import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+SAMPLE_STEP = 1024
 
 
 @runtime_checkable
@@ -25,20 +29,58 @@ class Owner(Protocol):
     _step_supports_amp_scaling: bool
     _join_config: Any
 
+    @property
+    def join_device(self) -> torch.device: ...
+
     def step(self) -> Any: ...
 
 
-@dataclass(eq=False)
 class Reduced:
-    """What the hook last wrote to the gradients of one DDP bucket: where, which version, summed over whom."""
+    """What the hook last wrote to the gradients of one DDP bucket: where, which version, summed over whom, some values.
 
-    storage: int
-    version: int
-    group_name: str
-    lost: int = 0  # how many of its parameters have been reduced in another DDP bucket since
+    Changes through `p.grad.data` have a version counter of their own, so the version does not tell of them. On the CPU
+    values of this rank's pieces do: a few of each piece and one in SAMPLE_STEP, or all with
+    ZEROADAM_CHECK_GRADIENTS=all.
+
+    Args:
+        pieces: of the gradients, [c, ...] each, in the memory of the bucket.
+    """
+
+    def __init__(self, storage: int, group_name: str, pieces: Sequence[Tensor]) -> None:
+        self.storage, self.version, self.group_name = storage, -1, group_name
+        self.lost = 0  # how many of its parameters have been reduced in another DDP bucket since
+        # Not the pieces themselves, which would keep the memory of the bucket alive.
+        self._places = [(tuple(p.shape), p.stride(), int(p.storage_offset())) for p in pieces if p.is_cpu and p.numel()]
+        self._sampled: Tensor | None = None  # positions in the storage, [n]
+        self._values: Tensor | None = None
 
     def still_in(self, grad: Tensor) -> bool:
         return grad.untyped_storage().data_ptr() == self.storage and grad._version == self.version
+
+    def remember(self, grad: Tensor) -> None:
+        """Take a gradient of the bucket, and all others, for what the hook wrote."""
+        self.version = grad._version
+        if self._places:
+            self._values = self._sample(grad)
+
+    def has_its_values(self, grad: Tensor) -> bool:
+        return self._values is None or torch.equal(self._sample(grad), self._values)
+
+    def _sample(self, grad: Tensor) -> Tensor:
+        if self._sampled is None:
+            self._sampled = torch.cat([_positions(*place) for place in self._places])
+        whole = grad.detach().as_strided((grad.untyped_storage().nbytes() // grad.itemsize,), (1,), 0)
+        return whole.index_select(0, self._sampled).view(torch.uint8)  # as bits, since a nan is not equal to itself
+
+
+def _positions(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
+    """Of some elements of a tensor, evenly spaced, in its storage: [n]."""
+    numel = math.prod(shape)
+    count = numel if os.environ.get("ZEROADAM_CHECK_GRADIENTS") == "all" else min(numel, 8 + numel // SAMPLE_STEP)
+    chosen = torch.unravel_index(torch.linspace(0, numel - 1, count, dtype=torch.float64).long(), shape or (1,))
+    return offset + sum(
+        (index * step for index, step in zip(chosen, stride or (1,), strict=True)), torch.zeros(count).long()
+    )
 
 
 # Ownership depends on shape and W alone: an optimizer can step on what was reduced by a hook on another one.
@@ -71,20 +113,26 @@ def reduced_of(param: Tensor) -> Reduced | None:
     return _reduced.get(param) if _reduced else None
 
 
-def check_reduced(param: Tensor, grad: Tensor, reduced: Reduced, process_group: dist.ProcessGroup) -> None:
-    """Raise RuntimeError if a gradient is not what the hook made it, or was summed over another process group."""
+def check_reduced(
+    param: Tensor, grad: Tensor, reduced: Reduced, process_group: dist.ProcessGroup, values: bool = False
+) -> None:
+    """Raise RuntimeError if a gradient is not what the hook made it, or was summed over another process group.
+
+    values: whether to compare some values of all gradients in the same DDP bucket as well.
+    """
     if reduced.group_name != process_group.group_name:
         raise RuntimeError(
             "gradients were summed over another process group than that of the optimizer that holds the parameters: "
             "register the hook with an optimizer of the same group"
         )
-    if not reduced.still_in(grad):
+    if not reduced.still_in(grad) or (values and not reduced.has_its_values(grad)):
         raise RuntimeError(
-            f"the gradient of a parameter of shape {tuple(param.shape)} was changed after reduce_scatter_hook summed "
-            "it, which only its owner would notice: clip with optimizer.clip_grad_norm_(), not with "
-            "torch.nn.utils.clip_grad_norm_(); scale with zeroadam.GradScaler; end accumulation with a backward "
-            "outside of no_sync(); mask with p.register_hook(), which runs before the sum; for all else train without "
-            "the hook. To go on without it, build a new optimizer and load this one's state"
+            f"the gradient of a parameter of shape {tuple(param.shape)}, or of one in the same DDP bucket, was changed "
+            "after reduce_scatter_hook summed it, which only its owner would notice: clip with "
+            "optimizer.clip_grad_norm_(), not with torch.nn.utils.clip_grad_norm_(), or with "
+            "optimizer.clip_grad_value_(); scale with zeroadam.GradScaler; end accumulation with a backward outside of "
+            "no_sync(); mask with p.register_hook(), which runs before the sum; for all else train without the hook. "
+            "To go on without it, build a new optimizer and load this one's state"
         )
 
 
@@ -112,7 +160,7 @@ def accept_zeroing(params: Iterable[Tensor]) -> Callable[[], None]:
 
     def accept() -> None:
         for grad, reduced in unchanged.values():
-            reduced.version = grad._version
+            reduced.remember(grad)
 
     return accept
 
