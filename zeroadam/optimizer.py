@@ -177,7 +177,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._transports.calls.begin(STEP)
         try:
             self._plan.follow()
-        except Exception:
+        except BaseException:
             self._transports.refuse()
             raise
         if self.world_size > 1:

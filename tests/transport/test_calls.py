@@ -1,5 +1,6 @@
 """Ranks out of step: an error on every rank that says so, never other numbers and no hang."""
 
+import contextlib
 import itertools
 import random
 import re
@@ -115,3 +116,51 @@ def test_ranks_out_of_step_raise_on_all(run_ranks: Any, world_size: int, transpo
         every = " ".join(message for message, _ in of_ranks)
 
         assert re.search(MESSAGES[case[0]], every), f"{case}: {every}"
+
+
+def interrupted_alone() -> None:
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer, step = ZeroAdamW([param]), Update.step
+
+    def broken(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    Update.step = broken
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    Update.step = step
+    optimizer.step()
+    assert param[0] < 1
+
+
+def test_a_single_rank_goes_on_after_an_interrupt(run_ranks: Any) -> None:
+    """As with torch's optimizers, in a notebook: there is no other rank to be out of step with."""
+    run_ranks(interrupted_alone, 1)
+
+
+def failed_wait() -> None:
+    """After a failure nothing waits for rows that will not come, nor for a gather that goes on in the forward."""
+    net = nn.Sequential(nn.Linear(40, 60), nn.Linear(60, 40))
+    torch.manual_seed(0)
+    for param in net.parameters():
+        dist.broadcast(param.data, 0)
+        param.grad = torch.ones_like(param)
+    optimizer = ZeroAdamW(net.parameters())
+    optimizer.gather_in_forward(net)
+    optimizer.step()
+    if dist.get_rank() == 0:
+        optimizer.param_groups[0]["lr"] = 0.5
+    net(torch.ones(1, 40))
+    optimizer.step()
+    start = time.monotonic()
+    for call in (optimizer.finish_gather, optimizer.finish_gather, optimizer.step):
+        with contextlib.suppress(RuntimeError):
+            call()
+    with pytest.raises(RuntimeError, match=r"an earlier call has failed half-way.*disagree in step\(\) 2"):
+        optimizer.step()
+    assert time.monotonic() - start < 10
+
+
+def test_nothing_waits_after_a_failure(run_ranks: Any) -> None:
+    run_ranks(failed_wait, 2, transport="sockets")

@@ -91,7 +91,7 @@ class Transports:
 
     def fail(self, error: BaseException) -> None:
         """End all further calls, and those of the other ranks, after an error half-way in one."""
-        if self.calls.broken is None:  # or they know
+        if self.calls.broken is None and self.process_group.size() > 1:  # or they know; or there are none
             self.calls.broken = f"{type(error).__name__}: {error}"
             for transport in self._chosen.values():
                 transport.fail()

@@ -35,19 +35,19 @@ class Calls:
         self.numbers = {NOTHING: 0, STEP: 0, BACKWARD: 0}
         self.broken: str | None = None  # why no further call can be made
 
-    def begin(self, kind: int) -> None:
-        """Raises RuntimeError if an earlier call has failed half-way."""
+    def raise_if_broken(self) -> None:
+        """Raise RuntimeError if an earlier call has failed half-way."""
         if self.broken is not None:
             raise RuntimeError(
                 f"an earlier call has failed half-way, so nothing can go on: start again from a checkpoint. It was: "
                 f"{self.broken}"
             )
+
+    def begin(self, kind: int) -> None:
+        """Raises as `raise_if_broken`."""
+        self.raise_if_broken()
         self.kind, self.digest = kind, 0
         self.numbers[kind] += 1
-
-    @property
-    def current(self) -> tuple[int, int]:
-        return self.kind, self.numbers[self.kind]
 
     def header(self, digest: int, count: int) -> Header:
         """digest: of the layout of the rows, 32 bits. count: of headers before this one."""

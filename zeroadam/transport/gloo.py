@@ -84,6 +84,7 @@ class Gloo:
 
     def _wait(self, check: Callable[[], None], works: Sequence[dist.Work]) -> None:
         try:
+            self.calls.raise_if_broken()  # or rows may never come
             check()
         except RuntimeError:
             self.abandoned += works
