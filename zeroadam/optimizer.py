@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms import Join, Joinable, JoinHook
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
 
 from zeroadam.gather.gathers import Gathers
@@ -20,7 +21,7 @@ from zeroadam.gather.in_forward import ForwardGather
 from zeroadam.options import Options
 from zeroadam.reduce.clip import all_finite, clip_grad_norm_, clip_grad_value_
 from zeroadam.reduce.grad_scaler import refuse_torch_scaler
-from zeroadam.reduce.hook import Reduction
+from zeroadam.reduce.hook import Hook, Reduction, params_of, reduce_scatter_hook, register_hook
 from zeroadam.reduce.join import StepAlong, refuse_in_join
 from zeroadam.reduce.ownership import accept_zeroing, forget_old, register
 from zeroadam.report import Meter, StepReport
@@ -30,7 +31,9 @@ from zeroadam.state.agreement import (
     check_supported,
     describe_groups,
     describe_step,
+    describe_values,
     digest_step,
+    find_difference,
     joined_group,
 )
 from zeroadam.state.state_dict import (
@@ -64,7 +67,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     last few elements of a run of memory unlike the rest, a cut moves that place: in fused ones, and in those for
     coupled weight decay on bfloat16 and float16.
 
-    The arguments are those of `torch.optim.Adam`, but `fused` is the default wherever torch has such a kernel. Further
+    The arguments are those of `torch.optim.Adam`, but `fused` is the default wherever torch has such a kernel, and
+    params may be a model, for its `named_parameters()`. Further
         process_group: the ranks over which the state is cut, all of them by default. As in DistributedDataParallel.
         bucket_cap_mb: megabytes (2^20 bytes) of parameters that are updated and gathered together. The memory
             for packing small parameters is at most three times this.
@@ -74,9 +78,12 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         state_dtype: torch.bfloat16 for moments in bfloat16, rounded stochastically; torch.uint8 for moments in 8 bits,
             wherever a parameter has rows of whole blocks, by bitsandbytes. Adam runs in float32 then; see
             `zeroadam.precision`. None, the default, for moments in the dtype in which Adam runs.
+        hook: what to register as communication hook where params is a DistributedDataParallel model; None for nothing.
+            Its `gradient_as_bucket_view` must be set, or a warning says that there is no hook.
 
-    Building the optimizer and `add_param_group` are collectives of the process group. Both raise on every rank:
-        RuntimeError: ranks that disagree on parameters, their values or hyper-parameters; no process group.
+    Building the optimizer and `add_param_group` are collectives of the process group. Parameters may have other values
+    on other ranks until DistributedDataParallel makes them equal, before the first step. Both raise on every rank:
+        RuntimeError: ranks that disagree on parameters or hyper-parameters; no process group.
         ValueError: no parameters, complex or already sharded ones, `differentiable=True`; what torch's Adam refuses;
             another `master_dtype` or `state_dtype`, or remainders without the first; 8-bit moments for another W than
             1 to 8, 16, 32 or 64 that would cut blocks, or without bitsandbytes.
@@ -84,7 +91,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | nn.Module,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -102,9 +109,14 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         master_dtype: torch.dtype | None = None,
         store_param_remainders: bool = False,
         state_dtype: torch.dtype | None = None,
+        hook: Hook | None = reduce_scatter_hook,
     ) -> None:
+        model, params = params if isinstance(params, nn.Module) else None, params_of(params)
+        if process_group is None and isinstance(model, DistributedDataParallel):
+            process_group = model.process_group
         self.process_group = joined_group(process_group)
         self.rank, self.world_size = self.process_group.rank(), self.process_group.size()
+        self._difference: str | None = None  # between the values of parameters on the ranks
         options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype)
         self._storage = Storage(self.process_group, options)
 
@@ -130,6 +142,13 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         Joinable.__init__(self)
         self._prepare(Transports(self.process_group))
         self._plan.follow()
+        self._compare_values()
+        if model is not None and hook is not None:
+            register_hook(model, self, hook)
+
+    def _compare_values(self) -> None:
+        """See whether all ranks have the same parameters. They need not before DDP makes them so. A collective."""
+        self._difference = find_difference(self.process_group, lambda: describe_values(self.param_groups))
 
     def _prepare(self, transports: Transports) -> None:
         """Make everything that is not torch's Adam, for the param groups and states that there are."""
@@ -158,10 +177,11 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             closure: computes the loss and its gradients again and returns the loss.
 
         Raises:
-            RuntimeError: a sparse gradient; a parameter cast or moved since its state was made; gradients that
-                something else has changed since `reduce_scatter_hook` summed them; an entry of `state` that is missing
-                or does not fit. Nothing has been changed then. Or: ranks that are out of step, differ in param groups
-                or in which parameters have gradients, or one that has failed; then nothing can go on.
+            RuntimeError: parameters that are not alike on all ranks, where they were not when the optimizer was built;
+                a sparse gradient; a parameter cast or moved since its state was made; gradients that something else
+                has changed since `reduce_scatter_hook` summed them; an entry of `state` that is missing or does not
+                fit. Nothing has been changed then. Or: ranks that are out of step, differ in param groups or in which
+                parameters have gradients, or one that has failed; then nothing can go on.
             ValueError: param groups with which torch's Adam would fail or that cannot be sharded. Nothing has changed.
         """
         refuse_torch_scaler(self)
@@ -174,6 +194,10 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         Join.notify_join_context(self)
         self._gathers.finish()  # of parameters that the forward has not used
         self._whole_state = None
+        if self._difference is not None:
+            self._compare_values()
+            if self._difference is not None:
+                raise RuntimeError(self._difference)
         self._transports.calls.begin(STEP)
         try:
             self._plan.follow()
@@ -300,6 +324,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         except Exception:
             del self.param_groups[before:]
             raise
+        self._compare_values()
         self._whole_state = None
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
@@ -413,7 +438,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.process_group, copied.rank, copied.world_size = self.process_group, self.rank, self.world_size
-        copied._storage = self._storage
+        copied._storage, copied._difference = self._storage, self._difference
         Joinable.__init__(copied)
         # As torch's optimizers, which leave hooks behind.
         kept = {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
@@ -433,7 +458,7 @@ class ZeroAdamW(ZeroAdam):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | nn.Module,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -450,6 +475,7 @@ class ZeroAdamW(ZeroAdam):
         master_dtype: torch.dtype | None = None,
         store_param_remainders: bool = False,
         state_dtype: torch.dtype | None = None,
+        hook: Hook | None = reduce_scatter_hook,
     ) -> None:
         super().__init__(
             params,
@@ -469,6 +495,7 @@ class ZeroAdamW(ZeroAdam):
             master_dtype=master_dtype,
             store_param_remainders=store_param_remainders,
             state_dtype=state_dtype,
+            hook=hook,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

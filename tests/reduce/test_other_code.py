@@ -260,6 +260,36 @@ def test_optimizers_are_clipped_together(run_ranks: Any, world_size: int, hook: 
     run_ranks(clipped, world_size, hook, kind)
 
 
+def one_line() -> None:
+    """The model in place of its parameters: names, process group and hook come with it."""
+    trained = []
+    for cls in (torch.optim.AdamW, ZeroAdamW):
+        net = network()
+        model = DistributedDataParallel(net, gradient_as_bucket_view=True, process_group=dist.new_group())
+        optimizer = cls(model if cls is ZeroAdamW else model.parameters(), **ADAMW)
+        for step in range(3):
+            model(inputs(step)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(net)
+    same(*trained)
+    assert optimizer.reduction.used
+    assert optimizer.param_groups[0]["param_names"] == [name for name, _ in net.named_parameters()]
+    assert optimizer.process_group is model.process_group
+    with pytest.raises(RuntimeError, match=r"so pass hook=None: .*once"):
+        ZeroAdamW(model)
+    with pytest.raises(RuntimeError, match="another process group than the optimizer"):
+        ZeroAdamW(DistributedDataParallel(network(), gradient_as_bucket_view=True), process_group=model.process_group)
+    ZeroAdamW(model, hook=None)
+    assert not ZeroAdamW(network()).reduction.used
+    with pytest.warns(UserWarning, match="gradient_as_bucket_view=True"):
+        ZeroAdamW(DistributedDataParallel(network()))
+
+
+def test_a_model_in_place_of_parameters(run_ranks: Any) -> None:
+    run_ranks(one_line, 2)
+
+
 class Quantized(Tensor):
     """A weight in 8 bits that can do nothing but be held, as those of torchao."""
 

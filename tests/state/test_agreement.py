@@ -1,5 +1,6 @@
 """Ranks that disagree, and input that cannot be right, raise on every rank at once and never hang."""
 
+import contextlib
 import re
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import distribute_tensor, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
-from zeroadam import ZeroAdam, ZeroAdamW
+from zeroadam import ZeroAdam, ZeroAdamW, reduce_scatter_hook
 from zeroadam.state.agreement import fingerprint
 
 ODD_RANK = 1
@@ -53,7 +55,12 @@ def disagree(case: str, message: str) -> None:
         elif case == "values":
             with torch.no_grad():
                 net[1].weight[0, 0] += 1e-7 * odd
-            ZeroAdam(named)
+            optimizer = ZeroAdam(named)
+            for _ in range(2):  # not only the first time
+                with contextlib.suppress(RuntimeError):
+                    optimizer.step()
+            assert all(float(optimizer.state[p]["step"]) == 0 for p in net.parameters())
+            optimizer.step()
         elif case == "invalid":
             ZeroAdam(named, lr=-1.0 if odd else 1e-3)
         elif case == "empty":
@@ -61,10 +68,14 @@ def disagree(case: str, message: str) -> None:
         elif case == "later":
             optimizer = ZeroAdam(net.parameters())
             try:
-                optimizer.add_param_group({"params": model(seed=odd).parameters()})
+                optimizer.add_param_group({"params": model(width=5 if odd else 4).parameters()})
             finally:
                 assert len(optimizer.param_groups) == 1
                 optimizer.step()
+        elif case == "later, values":
+            optimizer = ZeroAdam(net.parameters())
+            optimizer.add_param_group({"params": model(seed=odd).parameters()})
+            optimizer.step()
 
     expected = {"invalid": ValueError, "empty": ValueError}.get(case, RuntimeError) if odd else RuntimeError
     raises(expected, message, build)
@@ -86,7 +97,8 @@ def disagree(case: str, message: str) -> None:
         ("values", "disagree on the values of parameter 1.weight.*DistributedDataParallel.*hash"),
         ("invalid", "Invalid learning rate: -1.0"),
         ("empty", "optimizer got an empty parameter list"),
-        ("later", "disagree on the values of parameter 0 of group 1"),
+        ("later", "disagree on parameter 0 of group 1: shape"),
+        ("later, values", "disagree on the values of parameter 0 of group 1"),
     ],
 )
 def test_ranks_that_disagree(run_ranks, case: str, message: str) -> None:
@@ -171,3 +183,41 @@ def test_fingerprints_of_long_tensors_depend_on_the_order_of_their_chunks() -> N
     tensor[0] = 1
     assert fingerprint(tensor) != fingerprint(tensor.roll(2**20))
     assert fingerprint(torch.zeros(0)) == 0
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "master": {"master_dtype": torch.float32},
+    "remainder": {"master_dtype": torch.float32, "store_param_remainders": True},
+    "bfloat16 moments": {"state_dtype": torch.bfloat16},
+}
+
+
+def built_first(options: dict[str, Any], hook: bool) -> None:
+    """As in nanoGPT, minGPT, timm, and Accelerate without a seed: the optimizer is there before DDP is."""
+    trained = []
+    for first in (True, False):
+        net = model(width=9, seed=dist.get_rank() if first else 0)
+        if "master_dtype" in options:
+            net.bfloat16()
+        decayed, others = [p for p in net.parameters() if p.dim() > 1], [p for p in net.parameters() if p.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        wrapped = None if first else DistributedDataParallel(net, gradient_as_bucket_view=True)
+        optimizer = ZeroAdamW(groups, lr=1e-2, **options)
+        wrapped = wrapped or DistributedDataParallel(net, gradient_as_bucket_view=True)
+        if hook:
+            wrapped.register_comm_hook(optimizer, reduce_scatter_hook)
+        for step in range(4):
+            generator = torch.Generator().manual_seed(7 * step + dist.get_rank())
+            wrapped(torch.randn(5, 3, generator=generator).to(decayed[0].dtype)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizer._difference is None
+        trained.append([*net.parameters(), *(optimizer.state[p]["exp_avg"].full_tensor() for p in decayed)])
+    assert all(map(torch.equal, *trained))
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_optimizer_may_be_built_before_ddp(run_ranks, options: str, hook: bool) -> None:
+    run_ranks(built_first, 3, OPTIONS[options], hook)

@@ -9,12 +9,16 @@ complete from the start: it only tells DDP where the gradients are, which is whe
 """
 
 import contextlib
+import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import ParamsT
 
 from zeroadam._compat import current_graph_task_id, queue_callback
 from zeroadam.layout.packing import is_dense, split_by_size
@@ -220,3 +224,36 @@ class Reduction:
                     "reduce_scatter_hook works on DDP's buckets: build the model with "
                     "DistributedDataParallel(..., gradient_as_bucket_view=True)"
                 )
+
+
+Hook = Callable[[Any, dist.GradBucket], torch.futures.Future[torch.Tensor]]
+
+
+def params_of(params: ParamsT | nn.Module) -> ParamsT:
+    """The parameters of a model with the names that they have inside DistributedDataParallel; all else as it is."""
+    if isinstance(params, DistributedDataParallel):
+        params = params.module
+    return list(params.named_parameters()) if isinstance(params, nn.Module) else params
+
+
+def register_hook(model: nn.Module, optimizer: Owner, hook: Hook) -> None:
+    """Register a hook for the optimizer of a model, if that is a DistributedDataParallel with bucket views.
+
+    Raises:
+        RuntimeError: the model has a hook already, or is of another process group.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    if not model.gradient_as_bucket_view:
+        warnings.warn(
+            "no hook was registered, so DDP sends 3/2 of the bytes: build the model with "
+            "DistributedDataParallel(..., gradient_as_bucket_view=True), or pass hook=None",
+            stacklevel=3,
+        )
+        return
+    if model.process_group != optimizer.process_group:
+        raise RuntimeError("the model is of another process group than the optimizer, so hook=None must be passed")
+    try:
+        model.register_comm_hook(optimizer, hook)
+    except RuntimeError as error:
+        raise RuntimeError(f"the model takes no hook, so pass hook=None: {error}") from None

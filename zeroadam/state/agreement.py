@@ -54,6 +54,16 @@ def check_ranks_agree(process_group: dist.ProcessGroup, describe: Callable[[], M
         the exception of `describe()`: on the ranks where it raised;
         RuntimeError: on the others then, naming that rank; on all, naming the first difference and the ranks.
     """
+    if found := find_difference(process_group, describe):
+        raise RuntimeError(found)
+
+
+def find_difference(process_group: dist.ProcessGroup, describe: Callable[[], Manifest]) -> str | None:
+    """The first difference between the ranks' manifests in words, the same on all ranks. A collective.
+
+    Raises:
+        the exception of `describe()`: on the ranks where it raised; RuntimeError on the others then, naming that rank.
+    """
     mine: Manifest = {}
     error: Exception | None = None
     try:
@@ -74,26 +84,33 @@ def check_ranks_agree(process_group: dist.ProcessGroup, describe: Callable[[], M
             found.setdefault(manifest.get(entry, "missing"), []).append(rank)
         if len(found) > 1:
             values = "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in found.items())
-            raise RuntimeError(f"the ranks of the process group disagree on {entry}: {values}")
+            return f"the ranks of the process group disagree on {entry}: {values}"
+    return None
 
 
 def describe_groups(groups: list[dict[str, Any]], first: int, defaults: dict[str, Any]) -> Manifest:
-    """What must be the same on every rank of `groups[first:]`: parameters, hyper-parameters, then values."""
+    """What must be the same on every rank of `groups[first:]`: parameters and hyper-parameters."""
     manifest = {"the number of param groups": str(len(groups))}
-    values = {}
     for index, group in list(enumerate(groups))[first:]:
         manifest[f"the number of parameters in group {index}"] = str(len(group["params"]))
         for name, param in named(group, index):
             frozen = "" if param.requires_grad else ", frozen"
             manifest[name] = f"shape {tuple(param.shape)}, stride {param.stride()}, {param.dtype}{frozen}"
-            if type(param.detach()) is not Tensor and not param.requires_grad:
-                continue  # of a quantized weight, whose bits only its class knows
-            values[
-                f"the values of {name} (wrap the model in DistributedDataParallel before building the optimizer, "
-                "or broadcast the parameters from one rank)"
-            ] = f"hash {fingerprint(param):x}"
         manifest |= describe_hyperparameters(group, index, defaults)
-    return manifest | values
+    return manifest
+
+
+def describe_values(groups: list[dict[str, Any]]) -> Manifest:
+    """The values of all parameters, which must be the same on every rank when they are first used."""
+    values = {}
+    for index, group in enumerate(groups):
+        for name, param in named(group, index):
+            if type(param.detach()) is Tensor or param.requires_grad:  # the bits of a quantized weight its class knows
+                values[
+                    f"the values of {name} (wrap the model in DistributedDataParallel before the first step, or "
+                    "broadcast the parameters from one rank)"
+                ] = f"hash {fingerprint(param):x}"
+    return values
 
 
 def describe_hyperparameters(group: dict[str, Any], index: int, defaults: dict[str, Any]) -> Manifest:
