@@ -85,5 +85,6 @@ def test_operators_of_a_step_are_a_constant_for_each_bucket(run_ranks: Any, case
         step, hook, buckets = many
         print(step, hook)
         assert buckets == 1
-        assert sum(step.values()) <= (20 if "master" in case else 12)
-        assert sum(hook.values()) <= 12
+        # On the CPU 5 of either take some values of the gradients of a DDP bucket and compare them.
+        assert sum(step.values()) <= (20 if "master" in case else 12) + 5
+        assert sum(hook.values()) <= 12 + 5
