@@ -194,18 +194,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         Join.notify_join_context(self)
         self._gathers.finish()  # of parameters that the forward has not used
         self._whole_state = None
-        if self._difference is not None:
-            self._compare_values()
-            if self._difference is not None:
-                raise RuntimeError(self._difference)
-        self._transports.calls.begin(STEP)
-        try:
-            self._plan.follow()
-        except BaseException:
-            self._transports.refuse()
-            raise
-        if self.world_size > 1:
-            self._transports.calls.digest = digest_step(self, self._plan.with_gradients)
+        self._begin_step()
         with self._ends_together():
             # Phase 1, bucket by bucket: update this rank's pieces, launch their all-gather.
             for bucket, updates in zip(self._plan.buckets, self._plan.updates, strict=True):
@@ -220,6 +209,21 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._plan.release_gradients()
         self._meter.end_step(self._plan.imbalance)
         return loss
+
+    def _begin_step(self) -> None:
+        """Bring the plan up to date and say what the other ranks must agree on; raises as `step`, before any change."""
+        if self._difference is not None:
+            self._compare_values()
+            if self._difference is not None:
+                raise RuntimeError(self._difference)
+        self._transports.calls.begin(STEP)
+        try:
+            self._plan.follow()
+        except BaseException:
+            self._transports.refuse()
+            raise
+        if self.world_size > 1:
+            self._transports.calls.digest = digest_step(self, self._plan.with_gradients)
 
     @contextlib.contextmanager
     def _ends_together(self) -> Iterator[None]:

@@ -28,11 +28,22 @@ def inputs(step: int) -> Tensor:
     return torch.randint(-4, 4, (2, 8), generator=generator).float()
 
 
-def wrapped(net: nn.Module, optimizer: Any, hook: bool) -> DistributedDataParallel:
+def wrapped(net: nn.Module, optimizer: Any, hook: bool = True) -> DistributedDataParallel:
+    """In DDP, with the hook if that is asked for and the optimizer is ours."""
     model = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    if hook:
+    if hook and isinstance(optimizer, ZeroAdamW):
         model.register_comm_hook(optimizer, reduce_scatter_hook)
     return model
+
+
+def started(cls: Any, hook: bool = True) -> tuple[nn.Sequential, DistributedDataParallel, Any]:
+    net = network()
+    optimizer = cls(net.parameters(), **ADAMW)
+    return net, wrapped(net, optimizer, hook), optimizer
+
+
+def backward(model: nn.Module, step: int) -> None:
+    model(inputs(step)).square().sum().backward()
 
 
 def same(ours: nn.Module, reference: nn.Module) -> None:
@@ -44,9 +55,7 @@ def same(ours: nn.Module, reference: nn.Module) -> None:
 def skip_nan(hook: bool) -> None:
     trained = []
     for cls in (torch.optim.AdamW, ZeroAdamW):
-        net = network()
-        optimizer = cls(net.parameters(), **ADAMW)
-        model = wrapped(net, optimizer, hook and cls is ZeroAdamW)
+        net, model, optimizer = started(cls, hook)
         for step in range(5):
             loss = model(inputs(step)).square().sum()
             if step == 2:  # in one element, of which one rank is the owner
@@ -76,16 +85,16 @@ def zero_in_place() -> None:
     for cls in (torch.optim.AdamW, ZeroAdamW):
         net = network()
         first, second = cls(net[0].parameters(), **ADAMW), cls(net[2].parameters(), **ADAMW)
-        model = wrapped(net, first, cls is ZeroAdamW)
+        model = wrapped(net, first)
         for step in range(4):
-            model(inputs(step)).square().sum().backward()
+            backward(model, step)
             first.step()
             first.zero_grad(set_to_none=False)
             second.step()
             second.zero_grad(set_to_none=False)
         trained.append(net)
     same(*trained)
-    model(inputs(4)).square().sum().backward()
+    backward(model, 4)
     net[2].weight.grad.mul_(2)
     first.zero_grad(set_to_none=False)  # which does not make that change one of ours
     with pytest.raises(RuntimeError, match="changed after reduce_scatter_hook"):
@@ -105,9 +114,9 @@ def phases() -> None:
             optimizer = cls(net.parameters(), **ADAMW)
             if state is not None:
                 optimizer.load_state_dict(state)
-            model = net if hook is None else wrapped(net, optimizer, hook and cls is ZeroAdamW)
+            model = net if hook is None else wrapped(net, optimizer, hook)
             for step in range(3):
-                model(inputs(3 * phase + step)).square().sum().backward()
+                backward(model, 3 * phase + step)
                 for param in net.parameters() if hook is None else ():
                     param.grad = param.grad.clone()
                     dist.all_reduce(param.grad)
@@ -127,11 +136,9 @@ def new_optimizer_in_between() -> None:
     """A new optimizer on a model whose hook goes on, also while gradients are there, still knows what they are."""
     trained = []
     for cls in (torch.optim.AdamW, ZeroAdamW):
-        net = network()
-        optimizer = cls(net.parameters(), **ADAMW)
-        model = wrapped(net, optimizer, cls is ZeroAdamW)
+        net, model, optimizer = started(cls)
         for step in range(6):
-            model(inputs(step)).square().sum().backward()
+            backward(model, step)
             if step == 2:
                 optimizer = cls(net.parameters(), **ADAMW)
             optimizer.step()
@@ -149,12 +156,10 @@ def test_a_new_optimizer_under_an_old_hook(run_ranks: Any) -> None:
 def compiled_step() -> None:
     trained = []
     for cls in (torch.optim.AdamW, ZeroAdamW):
-        net = network()
-        optimizer = cls(net.parameters(), **ADAMW)
-        model = wrapped(net, optimizer, cls is ZeroAdamW)
+        net, model, optimizer = started(cls)
         step = torch.compile(optimizer.step, backend="eager") if cls is ZeroAdamW else optimizer.step
         for iteration in range(3):
-            model(inputs(iteration)).square().sum().backward()
+            backward(model, iteration)
             step()
             optimizer.zero_grad()
         trained.append(net)
@@ -185,7 +190,7 @@ def edited(edit: str) -> None:
         model = DistributedDataParallel(net, gradient_as_bucket_view=True, process_group=group)
         model.register_comm_hook(optimizer, reduce_scatter_hook)
         for step in range(3):
-            model(inputs(step)).square().sum().backward()
+            backward(model, step)
             before = [param.detach().clone() for param in net.parameters()]
             if step == 2 and (everywhere or dist.get_rank() == 1):
                 EDITS[edit](list(net.parameters())[index].grad)
@@ -212,7 +217,7 @@ def one_element() -> None:
     os.environ["ZEROADAM_CHECK_GRADIENTS"] = "all"
     net = nn.Linear(64, 64)
     optimizer = ZeroAdamW(net.parameters(), **ADAMW)
-    model = wrapped(net, optimizer, True)
+    model = wrapped(net, optimizer)
     model(torch.ones(1, 64)).sum().backward()
     mine = shard(net.weight.grad, dist.get_world_size(), dist.get_rank())
     for element in range(mine.numel()):
@@ -234,9 +239,9 @@ def clipped(hook: bool, kind: float | str) -> None:
     for cls in (torch.optim.AdamW, ZeroAdamW):
         net = network()
         both = [cls(net[0].parameters(), **ADAMW), cls(net[2].parameters(), **ADAMW)]
-        model = wrapped(net, both[0], hook and cls is ZeroAdamW)
+        model = wrapped(net, both[0], hook)
         for step in range(4):
-            model(inputs(step)).square().sum().backward()
+            backward(model, step)
             if cls is ZeroAdamW and kind == "value":
                 zeroadam.clip_grad_value_(both, 0.3)
             elif cls is ZeroAdamW:
@@ -268,7 +273,7 @@ def one_line() -> None:
         model = DistributedDataParallel(net, gradient_as_bucket_view=True, process_group=dist.new_group())
         optimizer = cls(model if cls is ZeroAdamW else model.parameters(), **ADAMW)
         for step in range(3):
-            model(inputs(step)).square().sum().backward()
+            backward(model, step)
             optimizer.step()
             optimizer.zero_grad()
         trained.append(net)

@@ -78,9 +78,7 @@ def _positions(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> 
     numel = math.prod(shape)
     count = numel if os.environ.get("ZEROADAM_CHECK_GRADIENTS") == "all" else min(numel, 8 + numel // SAMPLE_STEP)
     chosen = torch.unravel_index(torch.linspace(0, numel - 1, count, dtype=torch.float64).long(), shape or (1,))
-    return offset + sum(
-        (index * step for index, step in zip(chosen, stride or (1,), strict=True)), torch.zeros(count).long()
-    )
+    return offset + torch.stack([index * step for index, step in zip(chosen, stride or (1,), strict=True)]).sum(dim=0)
 
 
 # Ownership depends on shape and W alone: an optimizer can step on what was reduced by a hook on another one.

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from zeroadam.transport.calls import digest_of, name_ranks
+
 # What must be the same on every rank, as text, in the order in which differences are reported.
 Manifest = dict[str, str]
 
@@ -83,7 +85,7 @@ def find_difference(process_group: dist.ProcessGroup, describe: Callable[[], Man
         for rank, (_, manifest) in enumerate(answers):
             found.setdefault(manifest.get(entry, "missing"), []).append(rank)
         if len(found) > 1:
-            values = "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in found.items())
+            values = "; ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in found.items())
             return f"the ranks of the process group disagree on {entry}: {values}"
     return None
 
@@ -127,21 +129,16 @@ def digest_step(optimizer: Optimizer, with_gradients: Sequence[int]) -> int:
     groups, defaults = optimizer.param_groups, optimizer.defaults
     values = [_without_tensors(group.get(key)) for group in groups for key in defaults]
     lengths = [len(group["params"]) for group in groups]
-    return crc32(repr((values, lengths)).encode(), crc32(array("I", with_gradients))) >> 1
+    return digest_of((values, lengths, crc32(array("I", with_gradients))))
 
 
 def describe_step(optimizer: Optimizer, trained: Sequence[Tensor], with_gradients: Sequence[int]) -> Manifest:
     """The same by name, and whatever else the ranks may disagree on in a step."""
-    manifest = {"the number of param groups": str(len(optimizer.param_groups))}
-    positions = {id(param): position for position, param in enumerate(trained)}
-    having = set(with_gradients)
+    manifest = describe_groups(optimizer.param_groups, 0, optimizer.defaults)
+    having = {id(trained[position]) for position in with_gradients}
     for index, group in enumerate(optimizer.param_groups):
-        manifest[f"the number of parameters in group {index}"] = str(len(group["params"]))
         for name, param in named(group, index):
-            frozen = "" if id(param) in positions else ", frozen"
-            manifest[name] = f"shape {tuple(param.shape)}, {param.dtype}{frozen}"
-            manifest[f"the gradient of {name}"] = "one" if positions.get(id(param)) in having else "none"
-        manifest |= describe_hyperparameters(group, index, optimizer.defaults)
+            manifest[f"the gradient of {name}"] = "one" if id(param) in having else "none"
     return manifest
 
 
@@ -174,7 +171,3 @@ def fingerprint(tensor: Tensor) -> int:
         words = torch.cat([data[:whole].view(torch.int64), data[whole:].to(torch.int64)])
         total += (words * weights[: words.numel()]).sum() * (2 * index + 1)
     return int(total) % 2**64
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

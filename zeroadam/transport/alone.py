@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from zeroadam.layout.rows import RowRules, Rows
+from zeroadam.transport.calls import WithoutHeaders
 
 
-class Alone:
+class Alone(WithoutHeaders):
     """See `zeroadam.transport.Transport`."""
 
     rules = RowRules(equal=False, direct_bytes=0)
@@ -27,9 +28,3 @@ class Alone:
     ) -> Callable[[], Callable[[], list[Tensor]]]:
         sums = [rows[0] for rows in exchanges]
         return lambda: lambda: sums
-
-    def refuse(self) -> None:
-        pass
-
-    def fail(self) -> None:
-        pass

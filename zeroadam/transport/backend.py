@@ -7,12 +7,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zeroadam.layout.rows import RowRules, Rows
+from zeroadam.transport.calls import WithoutHeaders
 
 # Pieces of this size and more are not packed: a message of their own costs less than copying them twice.
 DIRECT_BYTES = 256 * 2**10
 
 
-class Backend:
+class Backend(WithoutHeaders):
     """See `zeroadam.transport.Transport`. The order of a sum is the backend's."""
 
     rules = RowRules(equal=True, direct_bytes=DIRECT_BYTES)
@@ -48,12 +49,6 @@ class Backend:
             return finish
 
         return start
-
-    def refuse(self) -> None:
-        pass
-
-    def fail(self) -> None:
-        pass
 
 
 def backends(process_group: dist.ProcessGroup) -> dict[str, str]:

@@ -5,7 +5,7 @@ rows of one call added up with the others' rows of another. So a header goes wit
 many there were before, and a digest of what has to be the same on all ranks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from zlib import crc32
 
 from zeroadam.layout.rows import Rows
@@ -66,6 +66,16 @@ class Calls:
         return kind, self.numbers[self.kind], self.kind, count % 2**31
 
 
+class WithoutHeaders:
+    """A transport whose messages say nothing of the call, so that the other ranks wait for their timeout."""
+
+    def refuse(self) -> None:
+        """See `zeroadam.transport.Transport`."""
+
+    def fail(self) -> None:
+        """See `zeroadam.transport.Transport`."""
+
+
 def digest_of(what: object) -> int:
     """31 bits that are the same on all ranks for what has the same text."""
     return crc32(repr(what).encode()) >> 1
@@ -92,16 +102,17 @@ def _compare(mine: Header, theirs: Mapping[int, Header], rank: int) -> None:
     every = {rank: mine, **theirs}
     if all((kind, number, count) == (mine[0], mine[1], mine[3]) for kind, number, _, count in every.values()):
         raise DisagreementError(
-            f"the ranks of the process group disagree in {NAMES.get(mine[0], '')} {mine[1]}, rank {rank} with "
-            f"{_ranks(others)}: on param_groups, on which parameters are trained or have gradients, or on their buckets"
+            f"the ranks of the process group disagree in {NAMES[mine[0]]} {mine[1]}, rank {rank} with "
+            f"{name_ranks(others)}: on param_groups, on which parameters are trained or have gradients, or on their "
+            "buckets"
         )
     calls: dict[str, list[int]] = {}
     for other, (kind, number, call, _) in sorted(every.items()):
         name = f"{NAMES[kind]} {number}" if kind in NAMES else f"{NAMES[call]} {number}, which it refused"
         calls.setdefault(name, []).append(other)
-    where = "; ".join(f"{_ranks(ranks)} in {call}" for call, ranks in calls.items())
+    where = "; ".join(f"{name_ranks(ranks)} in {call}" for call, ranks in calls.items())
     raise RuntimeError(f"the ranks of the process group are out of step: {where}. {LIKELY_CAUSE}")
 
 
-def _ranks(ranks: "Sequence[int] | Mapping[int, object]") -> str:
+def name_ranks(ranks: Collection[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zeroadam.layout.rows import RowRules, Rows
 from zeroadam.transport.backend import DIRECT_BYTES, backends, wait_for
-from zeroadam.transport.calls import FAILED, REFUSED, Calls, Header, digest_of, layout_digest
+from zeroadam.transport.calls import FAILED, REFUSED, Calls, Header, WithoutHeaders, digest_of, layout_digest
 
 # Larger messages between two hosts tend to go one direction at a time.
 MESSAGE_BYTES = 4 * 2**20
@@ -125,7 +125,7 @@ class Gloo:
         return lambda: [call() for call in calls]
 
 
-class GlooOnDevice:
+class GlooOnDevice(WithoutHeaders):
     """Between tensors of other devices, which gloo takes in its collectives only. See `Transport`."""
 
     rules = Gloo.rules
@@ -168,12 +168,6 @@ class GlooOnDevice:
             return lambda: [sum_rows(row, received, self.rank) for row, received in zip(own, scratch, strict=True)]
 
         return start
-
-    def refuse(self) -> None:
-        pass
-
-    def fail(self) -> None:
-        pass
 
 
 def sum_rows(own: Tensor, received: Sequence[Tensor], rank: int) -> Tensor:
