@@ -142,6 +142,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         Joinable.__init__(self)
         self._prepare(Transports(self.process_group))
         self._plan.follow()
+        self._plan.release_gradients()
         self._compare_values()
         if model is not None and hook is not None:
             register_hook(model, self, hook)
@@ -180,9 +181,10 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             RuntimeError: parameters that are not alike on all ranks, where they were not when the optimizer was built;
                 a sparse gradient; a parameter cast or moved since its state was made; gradients that something else
                 has changed since `reduce_scatter_hook` summed them; an entry of `state` that is missing or does not
-                fit. Nothing has been changed then. Or: ranks that are out of step, differ in param groups or in which
-                parameters have gradients, or one that has failed; then nothing can go on.
-            ValueError: param groups with which torch's Adam would fail or that cannot be sharded. Nothing has changed.
+                fit; ranks that differ in param groups or in which parameters have gradients.
+            ValueError: param groups with which torch's Adam would fail or that cannot be sharded.
+                Where ranks meet, see `zeroadam.transport`, all of these are raised on all ranks and change nothing.
+            RuntimeError: ranks that are out of step, or one that has failed half-way; then nothing can go on.
         """
         refuse_torch_scaler(self)
         loss = None
@@ -194,7 +196,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         Join.notify_join_context(self)
         self._gathers.finish()  # of parameters that the forward has not used
         self._whole_state = None
-        self._begin_step()
+        self._begin(STEP)
         with self._ends_together():
             # Phase 1, bucket by bucket: update this rank's pieces, launch their all-gather.
             for bucket, updates in zip(self._plan.buckets, self._plan.updates, strict=True):
@@ -210,31 +212,34 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._meter.end_step(self._plan.imbalance)
         return loss
 
-    def _begin_step(self) -> None:
-        """Bring the plan up to date and say what the other ranks must agree on; raises as `step`, before any change."""
+    def _begin(self, call: int) -> None:
+        """Bring the plan up to date, and meet the other ranks in a call; raises as `step`, before any change."""
         if self._difference is not None:
             self._compare_values()
             if self._difference is not None:
                 raise RuntimeError(self._difference)
-        self._transports.calls.begin(STEP)
+        self._transports.begin(call)
+        plan = self._plan
         try:
-            self._plan.follow()
+            plan.follow()
         except BaseException:
             self._transports.refuse()
             raise
-        if self.world_size > 1:
-            self._transports.calls.digest = digest_step(self, self._plan.with_gradients)
+        if self.world_size == 1:
+            return
+        self._transports.calls.digest = digest_step(self, plan.layout, plan.with_gradients)
+        try:
+            self._transports.meet()
+        except DisagreementError:  # on all ranks alike, so they can say what it is
+            having = {id(plan.params[position]) for position in plan.with_gradients}
+            check_ranks_agree(self.process_group, lambda: describe_step(self, plan.numbers, having))
+            raise
 
     @contextlib.contextmanager
     def _ends_together(self) -> Iterator[None]:
         """For what has to end on all ranks: an error on one of them ends it on the others as well."""
         try:
             yield
-        except DisagreementError as error:  # on all ranks alike, so they can say what it is
-            self._transports.fail(error)
-            plan = self._plan
-            check_ranks_agree(self.process_group, lambda: describe_step(self, plan.params, plan.with_gradients))
-            raise
         except BaseException as error:
             self._transports.fail(error)
             raise
@@ -325,6 +330,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         try:
             check_ranks_agree(self.process_group, add)
             self._plan.follow()
+            self._plan.release_gradients()
         except Exception:
             del self.param_groups[before:]
             raise

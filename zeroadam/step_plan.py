@@ -10,6 +10,7 @@ a cache of them in three layers, and each step begins by comparing identities an
 Only a layer that differs is laid out anew. Whatever cannot be followed is refused here, before anything has changed.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, methodcaller
@@ -22,12 +23,13 @@ from zeroadam.gather.param_bucket import ParamBucket, make_buckets, use_staging
 from zeroadam.layout.places import dtype_of, identical, places_of
 from zeroadam.layout.shard import shard_index
 from zeroadam.reduce.ownership import Owner, Reduced, changes, check_reduced, mark_held, reduced_of
-from zeroadam.state.agreement import check_supported
+from zeroadam.state.agreement import check_memory, check_supported, named
 from zeroadam.state.storage import ParamState, Storage
 from zeroadam.transport import Transports
+from zeroadam.transport.calls import digest_of
 from zeroadam.update.adam import Update, scratch_numel
 from zeroadam.update.block import Scratch
-from zeroadam.update.hyperparameters import check_group, try_group
+from zeroadam.update.hyperparameters import check_group, try_groups
 from zeroadam.update.piece import Piece
 
 _grad_of, _items_of = attrgetter("grad"), methodcaller("values")
@@ -63,8 +65,11 @@ class StepPlan:
         self.gradients: list[tuple[Tensor, Tensor, Tensor, int]] = []
         # (parameter, gradient, note) of one parameter of each DDP bucket that reduce_scatter_hook has reduced.
         self.reduced: list[tuple[Tensor, Tensor, Reduced]] = []
+        # All parameters, trained or not, each with a number that is the same on all ranks; and a digest of the layout.
+        self.numbers: list[tuple[Tensor, int]] = []
+        self.layout = 0
+        self._next_number = itertools.count()
         self.imbalance = 1.0  # elements that the fullest rank updates, over the mean
-        self._every: list[Tensor] = []
         self._lengths: list[int] = []
         self._frozen: list[Tensor] = []
         self._places: tuple[list[Any], ...] = ()
@@ -72,6 +77,8 @@ class StepPlan:
         self._states: list[ParamState] = []
         self._state_seen: Any = None
         self._grads_seen: Any = None
+        self._grad_places: Any = None  # of the last gradients, and whether they stay there
+        self._grads_stay = True
         self.with_gradients: list[int] = []  # the positions of parameters that have some
         # The updates of the last few kinds of gradients: which parameters had some, of which dtypes, strides, divisors.
         self._made: dict[Any, tuple[list[list[tuple[int, Update]]], list[tuple[Update, list[int]]]]] = {}
@@ -92,7 +99,9 @@ class StepPlan:
         elif not self._states_are_current(groups):
             self._take_states(self.storage.find_states(self.optimizer, self.params))
         if settings != self._settings:
-            self._try_groups(groups)
+            of = self.storage.options
+            kinds = zip([state.group for state in self._states], self.params, strict=True)
+            try_groups(groups, {(index, of.precision(param).compute, param.device) for index, param in kinds})
             self._settings = settings
             self._forget_updates()
         grads = list(map(_grad_of, self.params))
@@ -102,19 +111,6 @@ class StepPlan:
             check_reduced(param, grad, reduced, self.storage.process_group, values=True)
         if self._state_seen is None:
             self._store_states(groups)
-
-    def _try_groups(self, groups: Groups) -> None:
-        """Raise what torch's Adam raises for the settings of a param group, before a step has changed anything."""
-        kinds: dict[tuple[int, torch.dtype, torch.device], None] = {}
-        for param, state in zip(self.params, self._states, strict=True):
-            kinds[state.group, self.storage.options.precision(param).compute, param.device] = None
-        for index, dtype, device in kinds:
-            if groups[index]["differentiable"]:
-                raise ValueError("differentiable=True is not supported: the all-gather passes no gradients on")
-            try:
-                try_group(groups[index], dtype, device)
-            except Exception as error:
-                raise ValueError(f"torch's Adam refuses param group {index}: {error}") from error
 
     def accept_changes(self) -> None:
         """Take the gradients as they are now for what the hook wrote; for changes that all ranks make alike."""
@@ -126,7 +122,7 @@ class StepPlan:
     def _buckets_are_current(self, groups: Groups) -> bool:
         every = list(chain.from_iterable(group["params"] for group in groups))
         return (
-            identical(every, self._every)
+            identical(every, [param for param, _ in self.numbers])
             and [len(group["params"]) for group in groups] == self._lengths
             and not any(param.requires_grad or param.grad is not None for param in self._frozen)
             and places_of(self.params) == self._places
@@ -144,13 +140,19 @@ class StepPlan:
         before = set(map(id, self.params))
         params = [p for p in every if id(p) in before or p.requires_grad or p.grad is not None]
         states = self.storage.find_states(self.optimizer, params)
+        trained = set(map(id, params))
+        names = chain.from_iterable(named(group, index) for index, group in enumerate(groups))
+        check_memory([(name, param) for name, param in names if id(param) in trained], self.world_size)
         transport = {p.device: self.transports.of(p.device.type) for p in params}
         cap_bytes = self.storage.options.bucket_cap_mb * 2**20
         buckets = make_buckets(params, self.rank, self.world_size, cap_bytes, lambda p: transport[p.device].rules)
         use_staging(buckets, lambda p: transport[p.device])
-        trained = set(map(id, params))
-        self.params, self.buckets, self._every = params, buckets, every
+        self.params, self.buckets = params, buckets
         self._lengths = [len(group["params"]) for group in groups]
+        known = {id(param): number for param, number in self.numbers}
+        self.numbers = [(param, known[id(param)] if id(param) in known else next(self._next_number)) for param in every]
+        kinds = [(n, tuple(p.shape), p.stride(), p.dtype) for p, n in self.numbers if id(p) in trained]
+        self.layout = digest_of((kinds, self._lengths))
         self._frozen = [param for param in every if id(param) not in trained]
         self._places = places_of(params)
         total = sum(bucket.total for bucket in buckets)
@@ -208,7 +210,7 @@ class StepPlan:
 
     def _take_gradients(self, grads: Sequence[Tensor | None], groups: Groups) -> None:
         """Look at new gradients, and lay out the updates anew unless these gradients are like those before."""
-        self._grads_seen = None
+        before, self._grads_seen = self._grads_seen, None
         self.with_gradients = indices = [index for index, grad in enumerate(grads) if grad is not None]
         params, some = [self.params[index] for index in indices], [grad for grad in grads if grad is not None]
         for param, grad in zip(params, some, strict=True):
@@ -221,7 +223,7 @@ class StepPlan:
                 raise RuntimeError(
                     f"a parameter of shape {tuple(param.shape)} has a gradient of shape {tuple(grad.shape)}"
                 )
-        divisors = self._check_notes(params, some)
+        divisors, all_reduced = self._check_notes(params, some)
         pieces = some if self.world_size == 1 else [g[self._cuts[i]] for i, g in zip(indices, some, strict=True)]
         kinds = tuple(indices), tuple(map(dtype_of, pieces)), tuple(map(Tensor.stride, pieces)), tuple(divisors)
         if kinds in self._made:
@@ -235,9 +237,15 @@ class StepPlan:
             self._made[kinds] = (self.updates, self._sources)
         self._release_updates(kinds)
         self.gradients = list(zip(params, some, pieces, divisors, strict=True))
-        # Views of another tensor, such as a DDP bucket, are remembered. Others the user may want to free.
-        if all(grad._base is not None for grad in some):
-            self._grads_seen = (list(grads), places_of(some), changes())
+        # Gradients in DDP's buckets are remembered: all that the hook has summed; without it views that are found in
+        # the same places twice, and are not elsewhere then. Others the user may want to free.
+        places = places_of(some)
+        if not all_reduced:
+            self._grads_stay &= before is None or before[1] == places
+        views = self._grads_stay and places == self._grad_places and all(grad._base is not None for grad in some)
+        if all_reduced or views:
+            self._grads_seen = (list(grads), places, changes())
+        self._grad_places = places
 
     def release_gradients(self) -> None:
         """Let go of gradients that the user may want to free before the next step."""
@@ -254,17 +262,18 @@ class StepPlan:
         self._grads_seen = None
         self._made.clear()
 
-    def _check_notes(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[int]:
-        """The divisor of each gradient: W where the hook has summed it."""
+    def _check_notes(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[int], bool]:
+        """The divisor of each gradient: W where the hook has summed it; and whether it has summed all."""
         found: dict[int, tuple[Tensor, Tensor, Reduced]] = {}
-        divisors = [1] * len(params)
+        divisors, noted = [1] * len(params), 0
         for position, (param, grad) in enumerate(zip(params, grads, strict=True) if changes() else ()):
             if (reduced := reduced_of(param)) is not None:
                 check_reduced(param, grad, reduced, self.storage.process_group)
                 found.setdefault(id(reduced), (param, grad, reduced))
                 divisors[position] = self.world_size if param.dim() > 0 else 1
+                noted += 1
         self.reduced = list(found.values())
-        return divisors
+        return divisors, noted == len(params)
 
     def _make_updates(
         self, indices: Sequence[int], pieces: Sequence[Tensor], divisors: Sequence[int], groups: Groups

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from zeroadam import ZeroAdamW, reduce_scatter_hook
+from zeroadam import GradScaler, ZeroAdamW, reduce_scatter_hook
 from zeroadam.update.adam import Update
 
-WITH_HOOK = ("step left out", "step repeated", "step interrupted", "backward repeated", "error caught", "refused")
+WITH_HOOK = ("step left out", "step repeated", "step interrupted", "backward repeated", "error caught")
 ANYWHERE = ("other lr", "other gradients", "unfrozen", "moved", "step interrupted")
 MESSAGES = {
     "step left out": "out of step: rank|an earlier call has failed",
@@ -24,7 +25,6 @@ MESSAGES = {
     "step interrupted": r"rank \d of the process group failed in step\(\) \d|an earlier call has failed",
     "backward repeated": "out of step: rank",
     "error caught": r"rank \d of the process group failed in step\(\) \d|an earlier call has failed",
-    "refused": r"rank \d of the process group refused step\(\) \d|was changed after|out of step|an earlier call",
     "other lr": "disagree on lr of group 1: ",
     "other gradients": "disagree on the gradient of parameter 0 of group 1: ",
     "unfrozen": "disagree on|disagree in step",
@@ -67,8 +67,6 @@ def run(fault: str, hook: bool, bad: int, at: int, bucket_mb: float) -> tuple[st
                 net[1].bias.grad = torch.ones_like(net[1].bias)
             elif now and fault == "moved":
                 optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
-            elif now and fault == "refused":
-                net[2].weight.grad.mul_(2)
             elif now and fault in ("step interrupted", "error caught"):
                 Update.step = broken
             try:
@@ -76,9 +74,6 @@ def run(fault: str, hook: bool, bad: int, at: int, bucket_mb: float) -> tuple[st
                     optimizer.step()
             except (KeyboardInterrupt, MemoryError):
                 pass
-            except RuntimeError:
-                if not (now and fault == "refused"):
-                    raise
             finally:
                 Update.step = step
             optimizer.zero_grad()
@@ -149,18 +144,121 @@ def failed_wait() -> None:
     optimizer = ZeroAdamW(net.parameters())
     optimizer.gather_in_forward(net)
     optimizer.step()
-    if dist.get_rank() == 0:
-        optimizer.param_groups[0]["lr"] = 0.5
     net(torch.ones(1, 40))
-    optimizer.step()
-    start = time.monotonic()
-    for call in (optimizer.finish_gather, optimizer.finish_gather, optimizer.step):
-        with contextlib.suppress(RuntimeError):
+    fail_in_step = dist.get_rank() == 0
+    step, start = Update.step, time.monotonic()
+
+    def broken(*_: Any) -> None:
+        raise MemoryError
+
+    Update.step = broken if fail_in_step else step
+    for call in (optimizer.step, optimizer.finish_gather, optimizer.finish_gather, optimizer.step):
+        with contextlib.suppress(RuntimeError, MemoryError):
             call()
-    with pytest.raises(RuntimeError, match=r"an earlier call has failed half-way.*disagree in step\(\) 2"):
+    because = "MemoryError" if fail_in_step else r"rank 0 of the process group failed in step\(\) 2"
+    with pytest.raises(RuntimeError, match=rf"an earlier call has failed half-way.*{because}"):
         optimizer.step()
     assert time.monotonic() - start < 10
 
 
 def test_nothing_waits_after_a_failure(run_ranks: Any) -> None:
     run_ranks(failed_wait, 2, transport="sockets")
+
+
+def spoil(what: str, net: nn.Sequential, optimizer: ZeroAdamW) -> Any:
+    """Do on this rank what its next call refuses; gives a function that undoes it."""
+    weight, group = net[1].weight, optimizer.param_groups[0]
+    grad, state, lr = weight.grad, optimizer.state[weight], group["lr"]
+    assert grad is not None
+    if what == "gradient edited":
+        rows = grad.data.chunk(dist.get_world_size())[dist.get_rank()]  # seen by their owner alone
+        rows.mul_(2)
+        return lambda: rows.mul_(0.5)
+    if what == "sparse gradient":
+        weight.grad = torch.ones_like(weight).to_sparse()
+    elif what == "state":
+        moment = state.pop("exp_avg")
+        return lambda: state.update(exp_avg=moment)
+    elif what == "betas":
+        group["betas"] = (1.0, 0.9)
+        return lambda: group.update(betas=(0.9, 0.999))
+    else:
+        group["lr"] = {"complex lr": torch.tensor(1j), "meta lr": torch.tensor(0.1, device="meta"), "other lr": 0.1}[
+            what
+        ]
+        return lambda: group.update(lr=lr)
+    return lambda: setattr(weight, "grad", grad)
+
+
+def bits(net: nn.Module, optimizer: ZeroAdamW) -> list[torch.Tensor]:
+    """Copies of parameters, gradients and state."""
+    values: list[Any] = [value for param in net.parameters() for value in (param.detach(), param.grad)]
+    values += [value for entry in optimizer.state.values() for value in entry.values()]
+    return [value.to_dense().clone() for v in values for value in [v.to_local() if isinstance(v, DTensor) else v]]
+
+
+def refuse_on_one(hook: bool, whats: list[str]) -> None:
+    """A call that one rank refuses raises on all ranks, changes nothing on any, and training goes on as if not made."""
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(40, 60), nn.Linear(60, 40), nn.Linear(40, 1)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    models = [DistributedDataParallel(net, gradient_as_bucket_view=True) for net in nets]
+    adamw = torch.optim.AdamW(nets[0].parameters(), fused=False)
+    optimizer = ZeroAdamW(nets[1].parameters(), fused=False, bucket_cap_mb=0.001)
+    if hook:
+        models[1].register_comm_hook(optimizer, reduce_scatter_hook)
+    calls: dict[str, Any] = {
+        "step": optimizer.step,
+        "clip": lambda: optimizer.clip_grad_norm_(1.0),
+        "finite": optimizer.grads_are_finite,
+        "scaler": lambda: (scaler.scale(torch.ones(())), scaler.unscale_(optimizer)),
+    }
+    for iteration, what in enumerate(whats):
+        for model in models:
+            model(torch.full((3, 40), iteration + dist.get_rank() + 1.0)).square().sum().backward()
+        bad = iteration % dist.get_world_size()
+        for name, call in calls.items():
+            if what == "other lr" and name == "scaler":
+                continue  # which does not look at it
+            scaler = GradScaler("cpu", init_scale=1.0)
+            undo = spoil(what, nets[1], optimizer) if dist.get_rank() == bad else None
+            before = bits(nets[1], optimizer)
+            start = time.monotonic()
+            with pytest.raises((RuntimeError, ValueError)) as caught:
+                call()
+            assert time.monotonic() - start < 10, (what, name)
+            if undo is None and what != "other lr":
+                assert re.search(f"rank {bad} of the process group refused", str(caught.value)), (what, name)
+            assert all(map(torch.equal, before, bits(nets[1], optimizer))), (what, name)
+            if undo is not None:
+                undo()
+        adamw.step()
+        optimizer.step()
+        adamw.zero_grad()
+        optimizer.zero_grad()
+        for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            assert torch.equal(one, other), what
+
+
+@pytest.mark.parametrize("transport", ["shared memory", "sockets"])
+@pytest.mark.parametrize("hook", [False, True])
+def test_a_refusal_on_one_rank_changes_nothing_on_any(run_ranks: Any, hook: bool, transport: str) -> None:
+    whats = ["sparse gradient", "state", "betas", "complex lr", "meta lr", "other lr"]
+    run_ranks(refuse_on_one, 2, hook, ["gradient edited", *whats] if hook else whats, transport=transport)
+
+
+def refuse_often() -> None:
+    param = nn.Parameter(torch.ones(4))
+    optimizer = ZeroAdamW([param])
+    for _ in range(5000):  # headers of which do not fit into a pipe
+        param.grad = torch.ones(4).to_sparse()
+        with pytest.raises(RuntimeError, match="sparse gradient"):
+            optimizer.step()
+    param.grad = torch.ones(4)
+    optimizer.step()
+    assert param[0] < 1
+
+
+@pytest.mark.parametrize("transport", ["shared memory", "sockets"])
+def test_a_loop_that_is_always_refused_ends_and_can_go_on(run_ranks: Any, transport: str) -> None:
+    run_ranks(refuse_often, 2, transport=transport)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zeroadam.reduce.join import refuse_in_join
 from zeroadam.reduce.ownership import Owner
+from zeroadam.transport.calls import LOOK
 
 Gradient = tuple[Tensor, Tensor, Tensor, int]  # of one parameter; see `StepPlan.gradients`
 
@@ -34,7 +35,7 @@ def clip_grad_norm_(
         raise ValueError(f"norm_type must be positive or inf, not {norm_type}" if owners else "there are no optimizers")
     for owner in owners:
         refuse_in_join(owner, "clip_grad_norm_()")
-        owner._plan.follow()
+        owner._begin(LOOK)
     totals = [_total_norm(owner, norm_type) for owner in owners]
     together = torch.stack([total.to(totals[0].device) for total in totals])
     total = totals[0] if len(totals) == 1 else torch.linalg.vector_norm(together, norm_type)
@@ -86,7 +87,7 @@ def _total_norm(owner: Owner, norm_type: float) -> Tensor:
 def all_finite(owner: Owner) -> bool:
     """See `ZeroAdam.grads_are_finite`."""
     refuse_in_join(owner, "grads_are_finite()")
-    owner._plan.follow()
+    owner._begin(LOOK)
     finite = _norm_of(owner._plan.gradients, math.inf, owner.process_group.rank(), owner.join_device).isfinite().float()
     dist.all_reduce(finite, dist.ReduceOp.MIN, group=owner.process_group)
     owner._plan.release_gradients()

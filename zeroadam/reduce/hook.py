@@ -95,13 +95,13 @@ class Reduction:
         if backward != -1:
             parts = self.known.get(bucket.buffer().data_ptr()) or self._know(bucket, owner, wire_dtype)
             if backward != self.backward:
-                self.transports.calls.begin(BACKWARD)
+                self.transports.begin(BACKWARD)
                 self.backward = backward
                 queue_callback(self.finish)
         elif joined:
             parts = self._parts(bucket, wire_dtype)
             if not self.joined:
-                self.transports.calls.begin(BACKWARD)
+                self.transports.begin(BACKWARD)
             self.joined += [pair for part in parts for pair in zip(part.params, part.grads, strict=True)]
         else:
             raise RuntimeError(

@@ -34,6 +34,8 @@ class Owner(Protocol):
 
     def step(self) -> Any: ...
 
+    def _begin(self, call: int) -> None: ...
+
 
 class Reduced:
     """What the hook last wrote to the gradients of one DDP bucket: where, which version, summed over whom, some values.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from zeroadam.layout.places import overlapping
 from zeroadam.transport.calls import digest_of, name_ranks
 
 # What must be the same on every rank, as text, in the order in which differences are reported.
@@ -47,6 +48,19 @@ def check_supported(group: dict[str, Any], index: int) -> None:
             raise ValueError(f"{name} is a DTensor, so torch.optim.Adam shards its state already")
         if param.is_complex():
             raise ValueError(f"{name} is complex, which is not supported: hold torch.view_as_real() of it instead")
+
+
+def check_memory(params: Sequence[tuple[str, Tensor]], world_size: int) -> None:
+    """Raise ValueError for named parameters whose elements are not all of their own, of which updates would be lost."""
+    for name, param in params:
+        if any(step == 0 and size > 1 for size, step in zip(param.shape, param.stride(), strict=True)):
+            raise ValueError(f"{name} is expanded, one number for many elements: hold what was expanded, or a clone()")
+    if world_size > 1 and (pair := overlapping([param for _, param in params])):
+        one, other = (next(name for name, param in params if param is found) for found in pair)
+        raise ValueError(
+            f"{one} and {other} share memory, and each would undo the update of the other: make them one parameter, as "
+            "in `decoder.weight = encoder.weight`, or give each memory of its own"
+        )
 
 
 def check_ranks_agree(process_group: dist.ProcessGroup, describe: Callable[[], Manifest]) -> None:
@@ -121,23 +135,26 @@ def describe_hyperparameters(group: dict[str, Any], index: int, defaults: dict[s
     return {entry: str(float(value) if isinstance(value, Tensor) else value) for entry, value in values.items()}
 
 
-def digest_step(optimizer: Optimizer, with_gradients: Sequence[int]) -> int:
+def digest_step(optimizer: Optimizer, layout: int, with_gradients: Sequence[int]) -> int:
     """31 bits of what must be the same on all ranks in a step: hyper-parameters, and which parameters have gradients.
 
-    with_gradients: positions among all that are trained.
+    layout: a digest of the parameters. with_gradients: positions among all that are trained.
     """
     groups, defaults = optimizer.param_groups, optimizer.defaults
     values = [_without_tensors(group.get(key)) for group in groups for key in defaults]
-    lengths = [len(group["params"]) for group in groups]
-    return digest_of((values, lengths, crc32(array("I", with_gradients))))
+    return digest_of((values, layout, crc32(array("I", with_gradients))))
 
 
-def describe_step(optimizer: Optimizer, trained: Sequence[Tensor], with_gradients: Sequence[int]) -> Manifest:
-    """The same by name, and whatever else the ranks may disagree on in a step."""
+def describe_step(optimizer: Optimizer, numbers: Sequence[tuple[Tensor, int]], having: set[int]) -> Manifest:
+    """The same by name, and whatever else the ranks may disagree on in a step.
+
+    numbers: of all parameters, in which order the optimizer got them. having: ids of those with gradients.
+    """
     manifest = describe_groups(optimizer.param_groups, 0, optimizer.defaults)
-    having = {id(trained[position]) for position in with_gradients}
+    number_of = {id(param): number for param, number in numbers}
     for index, group in enumerate(optimizer.param_groups):
         for name, param in named(group, index):
+            manifest[f"which one {name} is"] = f"number {number_of[id(param)]} that the optimizer got"
             manifest[f"the gradient of {name}"] = "one" if id(param) in having else "none"
     return manifest
 

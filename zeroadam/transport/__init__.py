@@ -4,15 +4,15 @@ A new transport is one new file with a class that fits `Transport`, and one line
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch.distributed as dist
 from torch import Tensor
 
 from zeroadam.layout.rows import RowRules, Rows
 from zeroadam.transport.alone import Alone
-from zeroadam.transport.backend import Backend, backend_of
-from zeroadam.transport.calls import Calls
+from zeroadam.transport.backend import Backend, backend_of, backends
+from zeroadam.transport.calls import BACKWARD, Calls, DisagreementError, RefusedError
 from zeroadam.transport.gloo import Gloo, GlooOnDevice
 from zeroadam.transport.shared_memory import open_shared_memory
 
@@ -33,6 +33,10 @@ class Transport(Protocol):
     same_on_all_ranks: bool  # whether every rank that sums a row gets the same bits
     senders: int  # rows of scratch memory that a reduction needs for each row: one for each rank that it receives from
 
+    @property
+    def channel(self) -> "Channel | None":
+        """What takes headers: the transport itself, where they come with its rows, or something beside it."""
+
     def prepare_gather(self, exchanges: Sequence[Rows]) -> Callable[[], list[Wait]]:
         """Of each exchange: send row `rank` to all ranks, receive theirs. Gives one function that waits for each."""
 
@@ -44,8 +48,15 @@ class Transport(Protocol):
         are there.
         """
 
+
+class Channel(Protocol):
+    """Takes headers from each rank to all others."""
+
+    def meet(self) -> None:
+        """Wait until all ranks are in this call; raises as `zeroadam.transport.calls.Calls.check`."""
+
     def refuse(self) -> None:
-        """Tell the other ranks that this one refuses the call before anything was sent; nothing if all do."""
+        """In place of `meet`: tell the other ranks that this one refuses the call. Does not wait for them."""
 
     def fail(self) -> None:
         """Tell the other ranks that this one has failed half-way in a call. Does not wait, and does not raise."""
@@ -60,10 +71,9 @@ def choose(process_group: dist.ProcessGroup, device_type: str, calls: Calls) -> 
     backend = backend_of(process_group, device_type)
     if process_group.size() == 1:
         return Alone()
-    if backend != "gloo":
-        return Backend(process_group)
-    if device_type != "cpu":
-        return GlooOnDevice(process_group)
+    if backend != "gloo" or device_type != "cpu":
+        channel = Gloo(process_group, calls) if backends(process_group).get("cpu") == "gloo" else None
+        return GlooOnDevice(process_group, channel) if backend == "gloo" else Backend(process_group, channel)
     return open_shared_memory(process_group, calls) or Gloo(process_group, calls)
 
 
@@ -85,13 +95,37 @@ class Transports:
             self._chosen[device_type] = choose(self.process_group, device_type, self.calls)
         return self._chosen[device_type]
 
+    def begin(self, kind: int) -> None:
+        """Begin a call. Raises if none can be made any more, and as `meet` where headers do not come with rows."""
+        self.calls.begin(kind)
+        with_rows = any(cast(object, transport.channel) is transport for transport in self._chosen.values())
+        if kind == BACKWARD and not with_rows:
+            self.meet()
+
+    def meet(self) -> None:
+        """Wait until all ranks are in this call, and agree on its digest; nothing has been changed then.
+
+        Raises as `zeroadam.transport.calls.Calls.check`.
+        """
+        try:
+            for channel in self._channels()[:1]:
+                channel.meet()
+        except (RefusedError, DisagreementError):
+            raise
+        except BaseException as error:
+            self.fail(error)
+            raise
+
     def refuse(self) -> None:
-        for transport in self._chosen.values():
-            transport.refuse()
+        for channel in self._channels()[:1]:
+            channel.refuse()
 
     def fail(self, error: BaseException) -> None:
         """End all further calls, and those of the other ranks, after an error half-way in one."""
         if self.calls.broken is None and self.process_group.size() > 1:  # or they know; or there are none
             self.calls.broken = f"{type(error).__name__}: {error}"
-            for transport in self._chosen.values():
-                transport.fail()
+            for channel in self._channels():
+                channel.fail()
+
+    def _channels(self) -> list[Channel]:
+        return [transport.channel for transport in self._chosen.values() if transport.channel is not None]

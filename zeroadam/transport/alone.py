@@ -5,10 +5,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from zeroadam.layout.rows import RowRules, Rows
-from zeroadam.transport.calls import WithoutHeaders
 
 
-class Alone(WithoutHeaders):
+class Alone:
     """See `zeroadam.transport.Transport`."""
 
     rules = RowRules(equal=False, direct_bytes=0)
@@ -16,6 +15,7 @@ class Alone(WithoutHeaders):
     clears_others = True
     same_on_all_ranks = True
     senders = 0
+    channel = None
 
     def prepare_gather(self, exchanges: Sequence[Rows]) -> Callable[[], list[Callable[[], None]]]:
         arrived: list[Callable[[], None]] = [lambda: None] * len(exchanges)

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from zeroadam.layout.rows import RowRules, Rows
-from zeroadam.transport.calls import WithoutHeaders
 
 # Pieces of this size and more are not packed: a message of their own costs less than copying them twice.
 DIRECT_BYTES = 256 * 2**10
 
 
-class Backend(WithoutHeaders):
+class Backend:
     """See `zeroadam.transport.Transport`. The order of a sum is the backend's."""
 
     rules = RowRules(equal=True, direct_bytes=DIRECT_BYTES)
@@ -22,8 +22,8 @@ class Backend(WithoutHeaders):
     same_on_all_ranks = False
     senders = 0  # the sum is taken in place
 
-    def __init__(self, process_group: dist.ProcessGroup) -> None:
-        self.process_group = process_group
+    def __init__(self, process_group: dist.ProcessGroup, channel: Any = None) -> None:
+        self.process_group, self.channel = process_group, channel
 
     def prepare_gather(self, exchanges: Sequence[Rows]) -> Callable[[], list[Callable[[], None]]]:
         rank, group = self.process_group.rank(), self.process_group

@@ -3,6 +3,9 @@
 All ranks make the same calls of `step()` and `backward()` in the same order. A rank that leaves one out would have its
 rows of one call added up with the others' rows of another. So a header goes with the messages: which call this is, how
 many there were before, and a digest of what has to be the same on all ranks.
+
+Ranks meet, by a header alone, before a call changes anything: if one of them refuses it, or they disagree, nothing has
+changed on any, and training can go on. Who fails later, half-way, tells the others too, but then nothing can go on.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -12,8 +15,10 @@ from zeroadam.layout.rows import Rows
 
 Header = tuple[int, int, int, int]  # kind of call, its number, digest, how many headers were sent before
 
-NOTHING, STEP, BACKWARD, REFUSED, FAILED = range(5)
-NAMES = {NOTHING: "nothing yet", STEP: "step()", BACKWARD: "backward()"}
+NOTHING, STEP, BACKWARD, LOOK, REFUSED, FAILED = range(6)
+NAMES = {NOTHING: "nothing yet", STEP: "step()", BACKWARD: "backward()", LOOK: "clip_grad_norm_() or the like"}
+# A rank that refuses this many calls in a row waits for the headers of the others.
+MAX_REFUSALS = 1000
 
 LIKELY_CAUSE = (
     "One rank has left out or repeated a step() or a backward(): by a condition on its own loss or gradients, an "
@@ -21,6 +26,10 @@ LIKELY_CAUSE = (
     "optimizer.grads_are_finite(), or decide on a number that was all-reduced. The parameters are no longer alike: "
     "start again from a checkpoint"
 )
+
+
+class RefusedError(RuntimeError):
+    """Another rank has refused this call, before anything was changed."""
 
 
 class DisagreementError(RuntimeError):
@@ -32,7 +41,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.kind, self.digest = NOTHING, 0
-        self.numbers = {NOTHING: 0, STEP: 0, BACKWARD: 0}
+        self.numbers = dict.fromkeys(NAMES, 0)
         self.broken: str | None = None  # why no further call can be made
 
     def raise_if_broken(self) -> None:
@@ -54,9 +63,16 @@ class Calls:
         return self.kind, self.numbers[self.kind], digest ^ self.digest, count % 2**31
 
     def check(self, mine: Header, theirs: Mapping[int, Header], rank: int) -> None:
-        """Raise RuntimeError if another rank has sent another header than this one, and for all calls from now on."""
+        """Raise if another rank has sent another header than this one; where they are out of step, from now on.
+
+        Raises:
+            RefusedError, DisagreementError: see there.
+            RuntimeError: the ranks are out of step, or one has failed.
+        """
         try:
             _compare(mine, theirs, rank)
+        except (RefusedError, DisagreementError):
+            raise
         except RuntimeError as error:
             self.broken = self.broken or str(error)
             raise
@@ -64,16 +80,6 @@ class Calls:
     def last_words(self, kind: int, count: int) -> Header:
         """The header of a rank that has refused or failed in a call, which the others then are in as well."""
         return kind, self.numbers[self.kind], self.kind, count % 2**31
-
-
-class WithoutHeaders:
-    """A transport whose messages say nothing of the call, so that the other ranks wait for their timeout."""
-
-    def refuse(self) -> None:
-        """See `zeroadam.transport.Transport`."""
-
-    def fail(self) -> None:
-        """See `zeroadam.transport.Transport`."""
 
 
 def digest_of(what: object) -> int:
@@ -86,19 +92,17 @@ def layout_digest(exchanges: Sequence[Rows]) -> int:
 
 
 def _compare(mine: Header, theirs: Mapping[int, Header], rank: int) -> None:
-    """Raise if another rank has sent another header than this one.
-
-    Raises:
-        DisagreementError: all are in the same call, with other digests.
-        RuntimeError: they are not.
-    """
+    """Raise as `Calls.check`."""
     others = {other: header for other, header in theirs.items() if header != mine}
+    if mine[0] == REFUSED:  # which has ended the same call of the others
+        others = {other: header for other, header in others.items() if (header[1], header[0]) != mine[1:3]}
     if not others:
         return
     for other, (kind, number, call, _) in others.items():
-        if kind in (REFUSED, FAILED):
+        if kind == FAILED or (kind == REFUSED and (call, number) == mine[:2]):
             failed = f"{'refused' if kind == REFUSED else 'failed in'} {NAMES[call]} {number}"
-            raise RuntimeError(f"rank {other} of the process group {failed}: its own error says why")
+            error = RefusedError if kind == REFUSED else RuntimeError
+            raise error(f"rank {other} of the process group {failed}: its own error says why")
     every = {rank: mine, **theirs}
     if all((kind, number, count) == (mine[0], mine[1], mine[3]) for kind, number, _, count in every.values()):
         raise DisagreementError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zeroadam.layout.rows import RowRules, Rows
 from zeroadam.transport.backend import DIRECT_BYTES, backends, wait_for
-from zeroadam.transport.calls import FAILED, REFUSED, Calls, Header, WithoutHeaders, digest_of, layout_digest
+from zeroadam.transport.calls import FAILED, MAX_REFUSALS, REFUSED, Calls, Header, digest_of, layout_digest
 
 # Larger messages between two hosts tend to go one direction at a time.
 MESSAGE_BYTES = 4 * 2**20
@@ -76,6 +76,13 @@ class Gloo:
 
         return start
 
+    @property
+    def channel(self) -> "Gloo":
+        return self
+
+    def meet(self) -> None:
+        self._send_header(self.calls.header(0, self.headers))()
+
     def refuse(self) -> None:
         self.refusals.append(self._send_header(self.calls.last_words(REFUSED, self.headers)))
 
@@ -93,7 +100,7 @@ class Gloo:
 
     def _send_header(self, mine: Header) -> Callable[[], None]:
         """Starts to send a header to all others. Gives a function that waits for theirs and compares, once."""
-        while self.refusals:
+        while self.refusals and (mine[0] != REFUSED or len(self.refusals) >= MAX_REFUSALS):
             self.refusals.pop(0)()
         self.headers += 1
         sent, others = torch.tensor(mine), [other for other in range(self.senders + 1) if other != self.rank]
@@ -125,7 +132,7 @@ class Gloo:
         return lambda: [call() for call in calls]
 
 
-class GlooOnDevice(WithoutHeaders):
+class GlooOnDevice:
     """Between tensors of other devices, which gloo takes in its collectives only. See `Transport`."""
 
     rules = Gloo.rules
@@ -133,8 +140,8 @@ class GlooOnDevice(WithoutHeaders):
     clears_others = False
     same_on_all_ranks = True
 
-    def __init__(self, process_group: dist.ProcessGroup) -> None:
-        self.process_group = process_group
+    def __init__(self, process_group: dist.ProcessGroup, channel: "Gloo | None" = None) -> None:
+        self.process_group, self.channel = process_group, channel
         self.rank, self.senders = process_group.rank(), process_group.size() - 1
 
     def prepare_gather(self, exchanges: Sequence[Rows]) -> Callable[[], list[Callable[[], None]]]:

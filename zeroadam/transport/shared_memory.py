@@ -25,7 +25,7 @@ from torch import Tensor
 from zeroadam._compat import timeout_of
 from zeroadam.layout.rows import RowRules, Rows
 from zeroadam.transport.backend import DIRECT_BYTES
-from zeroadam.transport.calls import FAILED, REFUSED, Calls, Header, layout_digest
+from zeroadam.transport.calls import FAILED, MAX_REFUSALS, REFUSED, Calls, Header, layout_digest
 from zeroadam.transport.messages import Message, cut, sum_lists
 
 SLOT_BYTES = 2**20
@@ -167,9 +167,18 @@ class SharedMemory:
 
         return start
 
+    @property
+    def channel(self) -> "SharedMemory":
+        return self
+
+    def meet(self) -> None:
+        self._announce_alone(self.calls.header(0, self.posted))
+        self.finish(self.queued)
+
     def refuse(self) -> None:
-        self.queued += 1
-        self._announce(self.calls.last_words(REFUSED, self.posted), lambda _: None)
+        while len(self.under_way) >= MAX_REFUSALS:
+            self._read_first()
+        self._announce_alone(self.calls.last_words(REFUSED, self.posted))
 
     def fail(self) -> None:
         header = HEADER.pack(*self.calls.last_words(FAILED, self.posted))
@@ -183,6 +192,10 @@ class SharedMemory:
         digest, write, read = self.queue.popleft()
         write(self.slots[self.posted % SLOTS][self.rank])
         self._announce(self.calls.header(digest, self.posted), read)
+
+    def _announce_alone(self, header: Header) -> None:
+        self.queued += 1
+        self._announce(header, lambda _: None)
 
     def _announce(self, header: Header, read: Read) -> None:
         for rank, (_, target) in self.pipes.items():
@@ -205,9 +218,10 @@ class SharedMemory:
             if not (packed := os.read(source, HEADER.size)):
                 raise RuntimeError(f"rank {rank} of the process group has ended")
             theirs[rank] = HEADER.unpack(packed)
+        slots = self.slots[self.read % SLOTS]
+        self.read += 1  # also if another rank refuses here, as then this message is done with
         self.calls.check(mine, theirs, self.rank)
-        read(self.slots[self.read % SLOTS])
-        self.read += 1
+        read(slots)
 
 
 def open_shared_memory(process_group: dist.ProcessGroup, calls: Calls) -> SharedMemory | None:

@@ -1,6 +1,6 @@
 """torch's functional Adam with the hyper-parameters of a param group, and which of these it takes."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,21 @@ def run_adam(
     )
 
 
-def try_group(group: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+def try_groups(groups: Sequence[Mapping[str, Any]], kinds: Collection[tuple[int, torch.dtype, torch.device]]) -> None:
+    """Raise ValueError for settings that torch's Adam refuses, before a step has changed anything.
+
+    kinds: the index of a param group, and what it has parameters of.
+    """
+    for index, dtype, device in sorted(kinds, key=str):
+        if groups[index]["differentiable"]:
+            raise ValueError("differentiable=True is not supported: the all-gather passes no gradients on")
+        try:
+            _try_group(groups[index], dtype, device)
+        except Exception as error:
+            raise ValueError(f"torch's Adam refuses param group {index}: {error}") from error
+
+
+def _try_group(group: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
     """Run Adam on single numbers, of no and of one dimension, so that it raises here for what it refuses."""
     for shape in ((), (1,)):
         numbers: dict[str, Views] = {
@@ -70,9 +84,15 @@ def check_group(group: Any, index: int) -> tuple[Any, ...]:
     if not hasattr(betas, "__len__") or len(betas) != 2:
         raise ValueError(f"betas of param group {index} are {betas}, not two numbers")
     numbers = (group["lr"], group["eps"], group["weight_decay"], *betas)
+    kinds: list[Any] = []
     for key, value in zip(("lr", "eps", "weight_decay", "beta1", "beta2"), numbers, strict=True):
-        is_number = value.numel() == 1 if isinstance(value, Tensor) else hasattr(value, "__float__")
+        if isinstance(value, Tensor):
+            is_number = value.numel() == 1 and not (value.is_complex() or value.is_meta)
+            kinds.append((value.dtype, value.device, value.dim()))
+        else:
+            is_number = hasattr(value, "__float__")
+            kinds.append(type(value))
         if not is_number:
             raise ValueError(f"{key} of param group {index} is {value!r}, not a number")
     # The values of betas, as Adam divides by what it makes of them.
-    return (*(group[key] for key in FLAGS), *map(type, numbers), *(b for b in betas if not isinstance(b, Tensor)))
+    return (*(group[key] for key in FLAGS), *kinds, *(b for b in betas if not isinstance(b, Tensor)))
