@@ -287,10 +287,12 @@ def uneven(divide: bool) -> list[Tensor]:
     return results[0]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_uneven_inputs_under_join(run_ranks, world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "transport"), [(2, "shared memory"), (3, "shared memory"), (2, "sockets"), (2, "backend")]
+)
+def test_uneven_inputs_under_join(run_ranks, world_size: int, transport: str) -> None:
     """A rank without inputs updates its pieces all the same; DDP's own result is bitwise equal on two ranks."""
-    run_ranks(uneven, world_size, True)
+    run_ranks(uneven, world_size, True, transport=transport)
 
 
 def epochs() -> list[Tensor]:
@@ -527,6 +529,64 @@ def bounded_staging() -> None:
     assert 0 < staging <= 3 * 26 * 2**20 / 2  # this rank's half of three parts; the model has 120 MB
     held = optimizer.reduction.held_bytes()
     assert held == sum(param.nbytes for param in model.parameters())  # none of the buckets before DDP rebuilt them
+
+
+def other_memory_format(at: int) -> None:
+    results = []
+    for zero in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 3, 3), nn.Conv2d(3, 5, 1))
+        model = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        optimizer: Any = (ZeroAdamW if zero else torch.optim.AdamW)(net.parameters(), **ADAMW)
+        if zero:
+            model.register_comm_hook(optimizer, reduce_scatter_hook)
+        for step in range(4):
+            if step == at:
+                model.to(memory_format=torch.channels_last)
+            torch.manual_seed(10 * step + dist.get_rank())
+            model(torch.randn(2, 4, 8, 8)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([param.detach() for param in net.parameters()])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_a_memory_format_changed_after_ddp_was_built(run_ranks, at: int) -> None:
+    """Before DDP rebuilds its buckets, and after, when gradients keep the strides that parameters no longer have."""
+    run_ranks(other_memory_format, 2, at)
+
+
+class Scaled(nn.Module):
+    """Matrices and 0-d parameters in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weights = nn.ParameterList([torch.randn(128, 128) if i % 2 else torch.randn(()) for i in range(20)])
+
+    def forward(self) -> Tensor:
+        return torch.stack([i * weight.square().mean() for i, weight in enumerate(self.weights)]).sum()
+
+
+def buckets_unknown_to_one_rank() -> Tensor:
+    net = Scaled()
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=0.06)
+    optimizer = ZeroAdamW(net.parameters(), **ADAMW)
+    model.register_comm_hook(optimizer, reduce_scatter_hook)
+    for step in range(6):
+        if dist.get_rank() == step % 2:  # as if other addresses had been used before on one rank
+            for address in list(optimizer.reduction.known)[:1]:
+                del optimizer.reduction.known[address]
+        model().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.cat([param.detach().view(-1) for param in net.parameters()])
+
+
+def test_the_order_of_collectives_does_not_depend_on_addresses(run_ranks) -> None:
+    one, other = run_ranks(buckets_unknown_to_one_rank, 2, transport="backend")
+    assert torch.equal(one, other)
 
 
 def test_staging_memory_is_bounded(run_ranks) -> None:

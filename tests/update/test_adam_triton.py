@@ -174,6 +174,15 @@ def test_what_is_no_number_stays_that(kernel) -> None:
     assert found[0].param[3:].isfinite().all()
 
 
+def test_a_parameter_set_to_zero_goes_on_from_there(kernel) -> None:
+    pieces = pieces_of(torch.bfloat16, "remainder", torch.float32, False)
+    pieces[0].param.mul_(0)  # of both signs
+    assert (pieces[0].state["remainder"].view(torch.int16) < 0).any()
+    found = on_device(pieces)
+    kernel.update(found, GROUP)
+    assert found[0].param.isfinite().all()
+
+
 def test_what_does_not_fit_is_left_to_torch(kernel) -> None:
     piece = on_device(pieces_of(torch.float32, "", torch.float32, False))[2]
     assert kernel.fits(piece, GROUP)

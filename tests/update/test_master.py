@@ -94,7 +94,7 @@ def test_bitwise_equal_with_the_hook(run_ranks, way: str, world_size: int) -> No
     run_ranks(with_hook, world_size, way)
 
 
-def follows(way: str) -> None:
+def follows(way: str, value: float) -> None:
     """A parameter that other code sets is where Adam goes on from; its neighbours keep what they have below it."""
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(64, 8).to(torch.bfloat16))]
@@ -105,15 +105,15 @@ def follows(way: str) -> None:
     plain = torch.optim.AdamW(copies, **OPTIONS)
     plain.load_state_dict({**plain.state_dict(), "state": {0: whole_state(optimizer, params[0])}})
     with torch.no_grad():
-        assert not (params[0] == 8).any()  # set to what it was, it would not be seen to be set
-        params[0].data[::3] = 8
-        copies[0][::3] = master_of(optimizer, params[0])[::3] if way == "remainder" else 8
+        assert not (params[0] == value).any()  # set to what it was, it would not be seen to be set
+        params[0].data[::3] = value
+        copies[0][::3] = master_of(optimizer, params[0])[::3] if (way, value) == ("remainder", 8) else value
     set_gradients(1, params)
     copies[0].grad = params[0].grad.float()
     optimizer.step()
     plain.step()
     compare(optimizer, params, plain, copies, way)
-    if way == "remainder":  # within half a unit in the last place
+    if value == 8:  # within half a unit in the last place
         assert (copies[0] - params[0]).abs().max() < 8 * 2**-8
 
 
@@ -121,9 +121,10 @@ def whole_state(optimizer: ZeroAdam, param: Tensor) -> dict[str, Any]:
     return {k: full(v).clone() for k, v in optimizer.state[param].items() if k not in ("master", "remainder")}
 
 
+@pytest.mark.parametrize("value", [8.0, 0.0, -0.0])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_master_follows_a_parameter_that_is_set(run_ranks, way: str) -> None:
-    run_ranks(follows, 2, way)
+def test_a_master_follows_a_parameter_that_is_set(run_ranks, way: str, value: float) -> None:
+    run_ranks(follows, 2, way, value)
 
 
 def round_trips(way: str, other: str) -> None:

@@ -21,7 +21,6 @@ class GradBucket:
     Args:
         grads: [d0, ...] each, in the memory of one DDP bucket.
         wire_dtype: the dtype in which they are sent, None for their own.
-        slot: the number of its staging memory.
         reduced: the note about the DDP bucket, shared by all parts of it.
     """
 
@@ -32,10 +31,9 @@ class GradBucket:
         process_group: dist.ProcessGroup,
         transport: Transport,
         wire_dtype: torch.dtype | None,
-        slot: int,
         reduced: Reduced,
     ) -> None:
-        self.params, self.grads, self.slot, self.reduced = list(params), list(grads), slot, reduced
+        self.params, self.grads, self.reduced = list(params), list(grads), reduced
         self.process_group, self.transport = process_group, transport
         self.rank, self.world_size = process_group.rank(), process_group.size()
         dtype = wire_dtype or grads[0].dtype

@@ -78,7 +78,7 @@ class Reduction:
         # which DDP frees after the first backward to make other buckets.
         self.known: dict[int, list[GradBucket]] = {}
         self.seen: set[int] = set()
-        self.parts_made = 0
+        self.started = 0  # parts in this backward; by which staging memory is chosen, alike on all ranks
         self.memory: dict[tuple[torch.device, int], Tensor] = {}
         # In `Join`, what a rank without inputs gets for its pieces: DDP does not put it into p.grad there.
         self.joined: list[tuple[Tensor, Tensor]] = []
@@ -110,14 +110,13 @@ class Reduction:
             )
         with self._ends_together():
             for part in parts:
-                while any(part.slot == other.slot for other in self.under_way):
+                if len(self.under_way) == STAGING_SLOTS:
                     self._finish_first()
                 with self.meter.phase("reduce_scatter"):
                     part.start(self._memory(part))
+                self.started += 1
                 self.meter.count(*part.bytes_moved)
                 self.under_way.append(part)
-        if backward == -1:
-            self.finish()
         buffer = bucket.buffer()
         done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
         done.set_result(buffer)
@@ -132,6 +131,7 @@ class Reduction:
         for part in self.finished:
             part.remember()
         self.finished.clear()
+        self.started = 0
 
     @contextlib.contextmanager
     def _ends_together(self) -> Iterator[None]:
@@ -167,6 +167,7 @@ class Reduction:
 
     def take_joined(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters and gradients that came to this rank without inputs since the last call."""
+        self.finish()
         taken, self.joined = self.joined, []
         return taken
 
@@ -189,15 +190,22 @@ class Reduction:
         """A bucket in parts of bounded size: before DDP rebuilds its buckets there is just one."""
         grads = {}
         for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            # DDP lays gradients out in the strides of their parameters, GradBucket.gradients() does not tell.
-            grads[param] = grad.as_strided(param.shape, param.stride()) if is_dense(param) else grad
-        runs, first = split_by_size(list(grads), PART_BYTES), self.parts_made
-        self.parts_made += len(runs)
+            # DDP lays gradients out in the strides that their parameters had when it made the bucket, but
+            # GradBucket.gradients() does not tell.
+            before = reduced_of(param)
+            if param.grad is not None and param.grad.data_ptr() == grad.data_ptr():
+                grads[param] = grad.as_strided(param.shape, param.grad.stride())
+            elif before is not None:
+                grads[param] = grad.as_strided(param.shape, before.strides[id(param)])
+            else:
+                grads[param] = grad.as_strided(param.shape, param.stride()) if is_dense(param) else grad
+        runs = split_by_size(list(grads), PART_BYTES)
         buffer = bucket.buffer()
         transport = self.transports.of(buffer.device.type)
         # One note for all parts: the gradients of a bucket share their version counter.
         own = [shard(grad, self.process_group.size(), self.process_group.rank()) for grad in grads.values()]
-        reduced = Reduced(buffer.untyped_storage().data_ptr(), self.process_group.group_name, own)
+        strides = {id(param): grad.stride() for param, grad in grads.items()}
+        reduced = Reduced(buffer.untyped_storage().data_ptr(), self.process_group.group_name, own, strides)
         return [
             GradBucket(
                 params,
@@ -205,14 +213,13 @@ class Reduction:
                 self.process_group,
                 transport,
                 wire_dtype,
-                (first + index) % STAGING_SLOTS,
                 reduced,
             )
-            for index, params in enumerate(runs)
+            for params in runs
         ]
 
     def _memory(self, part: GradBucket) -> Tensor:
-        slot = (part.grads[0].device, part.slot)
+        slot = (part.grads[0].device, self.started % STAGING_SLOTS)
         if slot not in self.memory or self.memory[slot].numel() < part.memory_bytes:
             self.memory[slot] = torch.empty(part.memory_bytes, dtype=torch.uint8, device=slot[0])
         return self.memory[slot]

@@ -46,10 +46,13 @@ class Reduced:
 
     Args:
         pieces: of the gradients, [c, ...] each, in the memory of the bucket.
+        strides: of the gradients, by the id of the parameter.
     """
 
-    def __init__(self, storage: int, group_name: str, pieces: Sequence[Tensor]) -> None:
-        self.storage, self.version, self.group_name = storage, -1, group_name
+    def __init__(
+        self, storage: int, group_name: str, pieces: Sequence[Tensor], strides: dict[int, tuple[int, ...]]
+    ) -> None:
+        self.storage, self.version, self.group_name, self.strides = storage, -1, group_name, strides
         self.lost = 0  # how many of its parameters have been reduced in another DDP bucket since
         # Not the pieces themselves, which would keep the memory of the bucket alive.
         self._places = [(tuple(p.shape), p.stride(), int(p.storage_offset())) for p in pieces if p.is_cpu and p.numel()]
@@ -118,14 +121,18 @@ def check_reduced(
 ) -> None:
     """Raise RuntimeError if a gradient is not what the hook made it, or was summed over another process group.
 
-    values: whether to compare some values of all gradients in the same DDP bucket as well.
+    values: whether to compare some values of all gradients in the same DDP bucket, in place of this one's strides.
     """
     if reduced.group_name != process_group.group_name:
         raise RuntimeError(
             "gradients were summed over another process group than that of the optimizer that holds the parameters: "
             "register the hook with an optimizer of the same group"
         )
-    if not reduced.still_in(grad) or (values and not reduced.has_its_values(grad)):
+    if values:
+        unchanged = reduced.still_in(grad) and reduced.has_its_values(grad)
+    else:
+        unchanged = reduced.still_in(grad) and grad.stride() == reduced.strides[id(param)]
+    if not unchanged:
         raise RuntimeError(
             f"the gradient of a parameter of shape {tuple(param.shape)}, or of one in the same DDP bucket, was changed "
             "after reduce_scatter_hook summed it, which only its owner would notice: clip with "

@@ -182,7 +182,9 @@ def _kernel(
     if remainder:
         remainder_at = _at(row, 6, tl.int16, offsets, aligned)
         low = tl.load(remainder_at, mask=mask).to(tl.int32)
-        weight = ((param.to(tl.int16, bitcast=True).to(tl.int32) << 16) + low).to(tl.float32, bitcast=True)
+        high = param.to(tl.int16, bitcast=True).to(tl.int32)
+        stale = ((high & 0x7FFF) == 0) & (low < 0)  # see `zeroadam.update.master.join`
+        weight = ((high << 16) + tl.where(stale, 0, low)).to(tl.float32, bitcast=True)
     elif master:
         master_at = _at(row, 5, tl.float32, offsets, aligned)
         held = tl.load(master_at, mask=mask)
