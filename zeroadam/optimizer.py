@@ -357,14 +357,20 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         On the rank to which `consolidate_state_dict` has gathered the state, it is plain and whole until the next step;
         on a single rank it always is.
         """
-        own = self.state
-        if self._whole_state is not None:
-            self.state = defaultdict(dict, self._whole_state)
+        own, whole = self.state, self._whole_state
+
+        # A hook, and the first one: hooks of the user may make something else of the dict.
+        def mark(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            return state_dict if whole is not None else without_the_others(state_dict, self.world_size)
+
+        if whole is not None:  # but for what was deleted since
+            self.state = defaultdict(dict, {key: value for key, value in whole.items() if key in own})
+        hook = self.register_state_dict_post_hook(mark, prepend=True)
         try:
-            state_dict = super().state_dict()
+            return super().state_dict()
         finally:
             self.state = own
-        return state_dict if self._whole_state is not None else without_the_others(state_dict, self.world_size)
+            hook.remove()
 
     @torch.no_grad()
     def consolidate_state_dict(self, to: int = 0) -> None:

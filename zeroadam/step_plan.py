@@ -22,8 +22,8 @@ from torch import Tensor
 from zeroadam.gather.param_bucket import ParamBucket, make_buckets, use_staging
 from zeroadam.layout.places import dtype_of, identical, places_of
 from zeroadam.layout.shard import shard_index
-from zeroadam.reduce.ownership import Owner, Reduced, changes, check_reduced, mark_held, reduced_of
-from zeroadam.state.agreement import check_memory, check_supported, named
+from zeroadam.reduce.ownership import Owner, Reduced, changes, check_reduced, mark_left, reduced_of
+from zeroadam.state.agreement import check_gradients, check_memory, check_supported, named
 from zeroadam.state.storage import ParamState, Storage
 from zeroadam.transport import Transports
 from zeroadam.transport.calls import digest_of
@@ -149,6 +149,8 @@ class StepPlan:
         use_staging(buckets, lambda p: transport[p.device])
         self.params, self.buckets = params, buckets
         self._lengths = [len(group["params"]) for group in groups]
+        there = set(map(id, every))
+        left = [param for param, _ in self.numbers if id(param) not in there]
         known = {id(param): number for param, number in self.numbers}
         self.numbers = [(param, known[id(param)] if id(param) in known else next(self._next_number)) for param in every]
         kinds = [(n, tuple(p.shape), p.stride(), p.dtype) for p, n in self.numbers if id(p) in trained]
@@ -160,7 +162,7 @@ class StepPlan:
         self._cuts = [shard_index(param.shape, self.world_size, self.rank) for param in params]
         self._settings = []  # as there may be parameters of other dtypes
         self._take_states(states)
-        mark_held(every, cast(Owner, self.optimizer))
+        mark_left(left, cast(Owner, self.optimizer))
         self.forget_others()
 
     # Layer 2: states
@@ -213,16 +215,7 @@ class StepPlan:
         before, self._grads_seen = self._grads_seen, None
         self.with_gradients = indices = [index for index, grad in enumerate(grads) if grad is not None]
         params, some = [self.params[index] for index in indices], [grad for grad in grads if grad is not None]
-        for param, grad in zip(params, some, strict=True):
-            if grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(param.shape)} has a sparse gradient, which Adam does not support: "
-                    "build its module with sparse=False"
-                )
-            if grad.shape != param.shape:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(param.shape)} has a gradient of shape {tuple(grad.shape)}"
-                )
+        check_gradients(params, some)
         divisors, all_reduced = self._check_notes(params, some)
         pieces = some if self.world_size == 1 else [g[self._cuts[i]] for i, g in zip(indices, some, strict=True)]
         kinds = tuple(indices), tuple(map(dtype_of, pieces)), tuple(map(Tensor.stride, pieces)), tuple(divisors)

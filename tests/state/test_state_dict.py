@@ -353,6 +353,32 @@ def test_the_hooks_of_torch_are_called(run_ranks) -> None:
     run_ranks(hooks, 2)
 
 
+def removed_after_consolidation() -> None:
+    params = [nn.Parameter(torch.ones(4, 2)) for _ in range(2)]
+    optimizer = ZeroAdamW(params)
+    optimizer.consolidate_state_dict()
+    del optimizer.state[optimizer.param_groups[0]["params"].pop()]
+    assert list(optimizer.state_dict()["state"]) == [0]
+
+
+def test_a_parameter_may_be_removed_after_consolidation(run_ranks) -> None:
+    run_ranks(removed_after_consolidation, 2)
+
+
+def other_results_of_hooks() -> None:
+    optimizer = ZeroAdamW([nn.Parameter(torch.ones(4, 2))])
+    optimizer.register_state_dict_post_hook(lambda _, state_dict: {"format": 2, "optimizer": state_dict})
+    state_dict = optimizer.state_dict()
+    assert list(state_dict) == ["format", "optimizer"]
+    with pytest.raises(RuntimeError, match="this is a part of the optimizer's state"):
+        torch.save(state_dict, io.BytesIO())
+
+
+def test_a_hook_may_return_another_dict(run_ranks) -> None:
+    """Of which the state is marked as a part all the same."""
+    run_ranks(other_results_of_hooks, 2)
+
+
 def peaks(folder: str) -> dict[str, int]:
     """The most bytes above the start, for 2 parameters of 32 MB."""
     params = [nn.Parameter(torch.zeros(4096, 2048)) for _ in range(2)]

@@ -18,7 +18,7 @@ from zeroadam import GradScaler, ZeroAdamW, reduce_scatter_hook
 from zeroadam.update.adam import Update
 
 WITH_HOOK = ("step left out", "step repeated", "step interrupted", "backward repeated", "error caught")
-ANYWHERE = ("other lr", "other gradients", "unfrozen", "moved", "step interrupted")
+ANYWHERE = ("other lr", "other gradients", "unfrozen", "moved", "in another order", "other strides", "step interrupted")
 MESSAGES = {
     "step left out": "out of step: rank|an earlier call has failed",
     "step repeated": "out of step: rank|an earlier call has failed",
@@ -28,6 +28,8 @@ MESSAGES = {
     "other lr": "disagree on lr of group 1: ",
     "other gradients": "disagree on the gradient of parameter 0 of group 1: ",
     "unfrozen": "disagree on|disagree in step",
+    "in another order": r"disagree on which one parameter \d of group 0 is: number",
+    "other strides": r"disagree on parameter 0 of group 0: shape \(60, 60\), stride",
     "moved": "disagree on the number of parameters in group 0: ",
 }
 
@@ -36,7 +38,7 @@ def run(fault: str, hook: bool, bad: int, at: int, bucket_mb: float) -> tuple[st
     """What this rank raises when `fault` happens on rank `bad` in iteration `at`, and seconds from then on."""
     group, mine = dist.new_group(), dist.get_rank() == bad
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(40, 60), nn.Linear(60, 40), nn.Linear(40, 1))
+    net = nn.Sequential(nn.Linear(60, 60), nn.Linear(60, 60), nn.Linear(60, 1))
     net[1].bias.requires_grad = False
     model: nn.Module = net
     if hook:
@@ -57,7 +59,7 @@ def run(fault: str, hook: bool, bad: int, at: int, bucket_mb: float) -> tuple[st
                 dist.barrier()
                 start = time.monotonic()
             for _ in range(2 if now and fault == "backward repeated" else 1):
-                model(torch.ones(3, 40)).square().sum().backward()
+                model(torch.ones(3, 60)).square().sum().backward()
             if now and fault == "other lr":
                 optimizer.param_groups[1]["lr"] = 1e-2
             elif now and fault == "other gradients":
@@ -67,6 +69,12 @@ def run(fault: str, hook: bool, bad: int, at: int, bucket_mb: float) -> tuple[st
                 net[1].bias.grad = torch.ones_like(net[1].bias)
             elif now and fault == "moved":
                 optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+            elif now and fault == "in another order":
+                params = optimizer.param_groups[0]["params"]
+                params[0], params[2] = params[2], params[0]
+            elif now and fault == "other strides":
+                net[0].weight.data = net[0].weight.data.t().contiguous().t()
+                del optimizer.state[net[0].weight]
             elif now and fault in ("step interrupted", "error caught"):
                 Update.step = broken
             try:
@@ -98,7 +106,7 @@ def test_ranks_out_of_step_raise_on_all(run_ranks: Any, world_size: int, transpo
     Not in the first iteration: after that DDP exchanges the order of its buckets and waits for all ranks itself.
     """
     rng = random.Random(world_size)
-    kinds = [(fault, True) for fault in WITH_HOOK + ANYWHERE[:-2]] + [(fault, False) for fault in ANYWHERE]
+    kinds = [(fault, True) for fault in WITH_HOOK + ANYWHERE[:-3]] + [(fault, False) for fault in ANYWHERE]
     cases = [
         (fault, hook, rng.randrange(world_size), rng.choice([1, 2]), rng.choice([0.001, 25]))
         for fault, hook in itertools.islice(itertools.cycle(kinds), 36)

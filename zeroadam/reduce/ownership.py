@@ -88,7 +88,7 @@ def _positions(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> 
 
 # Ownership depends on shape and W alone: an optimizer can step on what was reduced by a hook on another one.
 _owners: list["weakref.ref[Any]"] = []  # all there are, oldest first
-_held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> weak reference to who last had it in a group
+_left: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> weak reference to whose group it has left
 _reduced: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> Reduced
 _changes = 0
 
@@ -177,11 +177,14 @@ def register(owner: Owner) -> None:
     _owners[:] = [other for other in _owners if other() is not None] + [weakref.ref(owner)]
 
 
-def mark_held(params: Iterable[Tensor], owner: Owner) -> None:
-    """Remember who has parameters in its groups, for the time when they are taken out and DDP still reduces them."""
+def mark_left(params: Iterable[Tensor], owner: Owner) -> None:
+    """Remember who had parameters in its groups that were taken out, as DDP still reduces them.
+
+    Not of those that are there, as torch swaps no tensor that has weak references (`torch.utils.swap_tensors`).
+    """
     reference = weakref.ref(owner)
     for param in params:
-        _held[param] = reference
+        _left[param] = reference
 
 
 def held_params() -> set[int]:
@@ -201,11 +204,13 @@ def owners_of(
         RuntimeError: there is none for some parameter.
     """
     found: dict[int, Owner] = {}
+    before: dict[int, Owner] = {}  # likewise, as of their last step
     for owner in [*(reference() for reference in _owners), first]:
         if owner is not None and process_group in (None, owner.process_group):
             found |= {id(param): owner for group in owner.param_groups for param in group["params"]}
+            before |= {id(param): owner for param, _ in owner._plan.numbers}
     for param in params:
-        last: Owner | None = _held[param]() if param in _held else None
+        last = before.get(id(param)) or (_left[param]() if param in _left else None)
         if last is not None and process_group in (None, last.process_group):
             found.setdefault(id(param), last)
         if id(param) not in found:

@@ -63,6 +63,18 @@ def check_memory(params: Sequence[tuple[str, Tensor]], world_size: int) -> None:
         )
 
 
+def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Raise RuntimeError for a gradient that Adam cannot take."""
+    for param, grad in zip(params, grads, strict=True):
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} has a sparse gradient, which Adam does not support: build "
+                "its module with sparse=False"
+            )
+        if grad.shape != param.shape:
+            raise RuntimeError(f"a parameter of shape {tuple(param.shape)} has a gradient of shape {tuple(grad.shape)}")
+
+
 def check_ranks_agree(process_group: dist.ProcessGroup, describe: Callable[[], Manifest]) -> None:
     """Raise on every rank if the ranks' manifests differ, or if `describe` raises somewhere. A collective.
 

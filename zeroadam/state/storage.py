@@ -99,6 +99,8 @@ class Storage:
         expected = state_names(group["amsgrad"], precision)
         for key in ("step", *expected):
             value = state.get(key)
+            if value is None and key.startswith("max_") and float(state["step"]) == 0:
+                value = replaced[key] = self.new_tensor(param, key)  # as torch makes its state in the first step
             if not isinstance(value, Tensor):
                 found = "missing" if value is None else f"a {type(value).__name__}"
                 hint = " (amsgrad was set after the state was made)" if key.startswith("max_") else ""

@@ -66,10 +66,9 @@ class SharedMemory:
         # (digest, write, read) of messages for which there was no slot yet; (header, read) of those under way.
         self.queue: deque[tuple[int, Write, Read]] = deque()
         self.under_way: deque[tuple[Header, Read]] = deque()
-        self.polls: dict[int, select.poll] = {}
-        for other, (source, _) in pipes.items():
-            self.polls[other] = select.poll()
-            self.polls[other].register(source, select.POLLIN)
+        self.polls = {other: select.poll() for other in pipes}
+        for other, poll in self.polls.items():
+            poll.register(pipes[other][0], select.POLLIN)
         weakref.finalize(self, _close, [end for ends in pipes.values() for end in ends])
 
     def post(self, digest: int, write: Write, read: Read) -> None:
@@ -98,14 +97,11 @@ class SharedMemory:
         posts, digest = [], layout_digest(exchanges)
         for message in cut(exchanges, SLOT_BYTES):
 
-            def write(slot: Tensor, message: Message = message) -> None:
-                message.write(slot, self.rank)
-
             def read(slots: Sequence[Tensor], message: Message = message) -> None:
                 for rank in self.pipes:
                     torch._foreach_copy_(message.parts[rank], message.views(slots[rank], rank))
 
-            posts.append((write, read))
+            posts.append((partial(message.write, rank=self.rank), read))
 
         def start() -> list[Callable[[], None]]:
             for write, read in posts:
