@@ -31,7 +31,7 @@ class Saving:
 
     def save(self) -> None:
         if self.sharded:
-            dcp.save(self.optimizer.state_dict(), checkpoint_id=self.path)
+            dcp.save(self.optimizer.state_dict(sharded=True), checkpoint_id=self.path)
             return
         self.optimizer.consolidate_state_dict(to=0)
         if dist.get_rank() == 0:
@@ -41,7 +41,7 @@ class Saving:
 
     def load(self) -> None:
         if self.sharded:
-            checkpoint.load(self.optimizer.state_dict(), checkpoint_id=self.path)
+            checkpoint.load(self.optimizer.state_dict(sharded=True), checkpoint_id=self.path)
             return
         # ZeroRedundancyOptimizer goes on using what it is given: a mapped file must not be overwritten then.
         mmap = isinstance(self.optimizer, ZeroAdamW)

@@ -21,6 +21,7 @@ LAYERS = [
     {"state"},
     {"step_plan"},
     {"optimizer", "checkpoint", "memory_plan"},
+    {"plain_file"},
     {"huggingface", "cli"},
     {"__init__", "__main__"},
 ]

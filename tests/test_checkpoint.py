@@ -27,7 +27,7 @@ def save(folder: str) -> None:
     ours, _, mine, _ = trained()
     dcp.save({"optimizer": ours}, checkpoint_id=f"{folder}/direct")
     dcp.save(application(nn.ParameterList(mine), ours), checkpoint_id=f"{folder}/by name")
-    future = dcp.async_save({"optimizer": ours.state_dict()}, checkpoint_id=f"{folder}/async")
+    future = dcp.async_save({"optimizer": ours.state_dict(sharded=True)}, checkpoint_id=f"{folder}/async")
     set_gradients(9, mine)
     ours.step()  # which the copy being saved does not see
     future.result()
@@ -72,10 +72,10 @@ def shares(folder: str) -> list[int]:
     dist.barrier()
     start = start_peak()
     written = io_bytes("wchar")
-    dcp.save(optimizer.state_dict(), checkpoint_id=folder)
+    dcp.save(optimizer.state_dict(sharded=True), checkpoint_id=folder)
     written = io_bytes("wchar") - written
     saving = memory("VmHWM") - start
-    state_dict = optimizer.state_dict()
+    state_dict = optimizer.state_dict(sharded=True)
     dcp.load(state_dict, checkpoint_id=folder)  # reads torch's own modules as well
     start = start_peak()
     read = io_bytes("rchar")

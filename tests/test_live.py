@@ -306,9 +306,9 @@ class Both:
         if self.mode in ("plain", "fresh gradients", "hook") and how % 3 == 0:
             self.ours.load_state_dict(copy.deepcopy(self.plain.state_dict()))
         elif how % 3 == 1:
-            self.ours.load_state_dict(self.ours.state_dict())
+            self.ours.load_state_dict(self.ours.state_dict(sharded=True))
         else:
-            saved = copy.deepcopy(self.ours.state_dict())
+            saved = copy.deepcopy(self.ours.state_dict(sharded=True))
             self.ours.load_state_dict(saved)
         self.plain.load_state_dict(copy.deepcopy(self.plain.state_dict()))
 

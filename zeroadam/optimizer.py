@@ -5,9 +5,10 @@ More than 300 lines, as most of them are the signatures and docstrings of all th
 
 import contextlib
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, overload
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -37,13 +38,18 @@ from zeroadam.state.agreement import (
     joined_group,
 )
 from zeroadam.state.state_dict import (
+    PART,
+    LeftOut,
     Loaded,
     Loading,
+    ShardedState,
+    as_part,
+    as_plain,
+    called_by_checkpoint,
     describe_state,
     empty_state,
     gather_state,
     prepare_loading,
-    without_the_others,
 )
 from zeroadam.state.storage import Storage, choose_kernel
 from zeroadam.step_plan import StepPlan
@@ -117,6 +123,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self.process_group = joined_group(process_group)
         self.rank, self.world_size = self.process_group.rank(), self.process_group.size()
         self._difference: str | None = None  # between the values of parameters on the ranks
+        self._stepped = False  # or loaded
         options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype)
         self._storage = Storage(self.process_group, options)
 
@@ -159,7 +166,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._gathers = Gathers(self._meter)
         # Not even for the fused kernel: GradScaler is to unscale gradients itself and step only if they are finite.
         self._step_supports_amp_scaling = False
-        self._whole_state: dict[Any, Any] | None = None  # after consolidate_state_dict, on one rank
+        # After consolidate_state_dict: the whole state on one rank, nothing on the others.
+        self._consolidated: dict[Any, Any] | None = None
         register(self)
         forget_old(param for group in self.param_groups for param in group["params"])
 
@@ -195,8 +203,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         # Phase 0: follow what the user has done to param_groups, state and gradients; refuse what cannot be followed.
         Join.notify_join_context(self)
         self._gathers.finish()  # of parameters that the forward has not used
-        self._whole_state = None
+        self._consolidated = None
         self._begin(STEP)
+        self._stepped = True
         with self._ends_together():
             # Phase 1, bucket by bucket: update this rank's pieces, launch their all-gather.
             for bucket, updates in zip(self._plan.buckets, self._plan.updates, strict=True):
@@ -335,7 +344,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             del self.param_groups[before:]
             raise
         self._compare_values()
-        self._whole_state = None
+        self._consolidated = None
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """For `torch.distributed.algorithms.Join([model, optimizer])`; needs `reduce_scatter_hook`."""
@@ -350,20 +359,30 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     def join_process_group(self) -> dist.ProcessGroup:
         return self.process_group
 
-    def state_dict(self) -> dict[str, Any]:
-        """As in `torch.optim.Optimizer`: the very tensors of this rank's state. No communication.
+    def state_dict(self, *, sharded: bool = False) -> dict[str, Any]:
+        """As in `torch.optim.Optimizer`. No communication. On more than one rank it is
 
-        For torch.distributed.checkpoint and `load_state_dict`. `torch.save` of it raises, as it would keep 1/W only.
-        On the rank to which `consolidate_state_dict` has gathered the state, it is plain and whole until the next step;
-        on a single rank it always is.
+            what torch's Adam has, before the first step: no state;
+            the whole state, plain, on the rank to which `consolidate_state_dict` has gathered it, until the next step;
+            the very tensors of this rank's state, for torch.distributed.checkpoint, which may call this itself, or with
+            `sharded=True`: for `dcp.save` and `load_state_dict`, not for `torch.save`, which raises.
+
+        Raises:
+            RuntimeError: none of these. A file with 1/W of the state would replace one that was whole.
         """
-        own, whole = self.state, self._whole_state
+        sharded = self.world_size > 1 and (sharded or called_by_checkpoint())
+        own, whole = self.state, None if sharded else self._consolidated
+        if self.world_size > 1 and whole is None and not sharded:
+            if self._stepped:
+                raise RuntimeError(PART)
+            whole = {}
+        part = sharded or isinstance(whole, ShardedState)
 
         # A hook, and the first one: hooks of the user may make something else of the dict.
         def mark(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            return state_dict if whole is not None else without_the_others(state_dict, self.world_size)
+            return as_part(state_dict) if part else as_plain(state_dict)
 
-        if whole is not None:  # but for what was deleted since
+        if whole is not None and not part:  # but for what was deleted since
             self.state = defaultdict(dict, {key: value for key, value in whole.items() if key in own})
         hook = self.register_state_dict_post_hook(mark, prepend=True)
         try:
@@ -397,10 +416,10 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             whole = empty_state(self, self._storage) if self.rank == to else None
             return {"the rank to gather the state to": str(to), **describe_state(self)}
 
-        self._whole_state = None
+        self._consolidated = None
         check_ranks_agree(self.process_group, allocate)
         gather_state(self, self._storage, whole, to)
-        self._whole_state = whole
+        self._consolidated = ShardedState() if whole is None else whole
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of another ZeroAdam of the same ranks or of a plain `torch.optim.Adam`. A collective.
@@ -436,17 +455,16 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        self._whole_state = None
+        self._consolidated, self._stepped = None, bool(state_dict["state"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         entries = {key: value.entry if isinstance(value, Loaded) else value for key, value in state["state"].items()}
         super().__setstate__({**state, "state": defaultdict(dict, entries)})  # type: ignore[no-untyped-call]
 
-    def __getstate__(self) -> NoReturn:
-        raise RuntimeError(
-            "a sharded optimizer cannot be pickled, as a part of its state is on other ranks: build another one and "
-            "load this one's state_dict()"
-        )
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        """A pickled model has a hook, and the hook has its optimizer, which is left out: see `LeftOut`."""
+        warnings.warn("a sharded optimizer is left out of what is pickled: use zeroadam.save()", stacklevel=2)
+        return LeftOut, ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ZeroAdam":
         """A copy over the same process group, with copies of the parameters and of this rank's state."""
@@ -454,7 +472,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.process_group, copied.rank, copied.world_size = self.process_group, self.rank, self.world_size
-        copied._storage, copied._difference = self._storage, self._difference
+        copied._storage, copied._difference, copied._stepped = self._storage, self._difference, self._stepped
         Joinable.__init__(copied)
         # As torch's optimizers, which leave hooks behind.
         kept = {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}

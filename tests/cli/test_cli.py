@@ -44,7 +44,7 @@ def train_on(file: str) -> dict[str, Any]:
 
 def write_direct(folder: str) -> None:
     ours, _, _, _ = trained()
-    dcp.save(ours.state_dict(), checkpoint_id=folder)
+    dcp.save(ours.state_dict(sharded=True), checkpoint_id=folder)
 
 
 def test_a_state_dict_by_numbers_is_exported_as_well(run_ranks, tmp_path: Path) -> None:

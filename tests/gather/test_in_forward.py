@@ -175,7 +175,7 @@ def readers(model: nn.Module, own: ZeroAdamW) -> list[Callable[[], Any]]:
         own.finish_gather,
         own.consolidate_state_dict,
         lambda: own.add_param_group({"params": [nn.Parameter(torch.ones(3))]}),
-        lambda: own.load_state_dict(own.state_dict()),
+        lambda: own.load_state_dict(own.state_dict(sharded=True)),
         model.state_dict,
         lambda: model[2].state_dict(),
         lambda: model[2].load_state_dict(model[1].state_dict()),

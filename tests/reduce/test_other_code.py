@@ -122,7 +122,7 @@ def phases() -> None:
                     dist.all_reduce(param.grad)
                 optimizer.step()
                 optimizer.zero_grad()
-            state = optimizer.state_dict()
+            state = optimizer.state_dict(sharded=True)
             del model
         trained.append(net)
     same(*trained)
@@ -322,7 +322,7 @@ def frozen_subclass() -> None:
     for one in (optimizer, reference):
         one.step()
     assert all(map(torch.equal, net.parameters(), copied.parameters()))
-    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict(sharded=True))
 
 
 def test_a_frozen_weight_of_a_tensor_subclass(run_ranks: Any) -> None:

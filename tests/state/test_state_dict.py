@@ -16,7 +16,7 @@ from measure import memory, start_peak
 from state_checks import MB, OPTIONS, SLACK, assert_goes_on, equal, snapshot, trained
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from zeroadam import ZeroAdamW
 
@@ -24,9 +24,9 @@ from zeroadam import ZeroAdamW
 def back_and_forth(folder: str) -> None:
     ours, plain, mine, _ = trained()
     again = ZeroAdamW(mine, lr=1.0, **OPTIONS)
-    again.load_state_dict(ours.state_dict())
+    again.load_state_dict(ours.state_dict(sharded=True))
     assert_same(again, plain)
-    again.load_state_dict(again.state_dict())
+    again.load_state_dict(again.state_dict(sharded=True))
     assert_same(again, plain)
 
     if dist.get_rank() == 0:
@@ -53,7 +53,7 @@ def consolidated(to: int) -> bytes | None:
     if dist.get_rank() != to:
         with pytest.raises(RuntimeError, match="the other ranks hold the rest"):
             torch.save(ours.state_dict(), io.BytesIO())
-        ours.load_state_dict(ours.state_dict())
+        ours.load_state_dict(ours.state_dict(sharded=True))
         return None
     file = io.BytesIO()
     torch.save({"optimizer": ours.state_dict()}, file)
@@ -64,7 +64,7 @@ def consolidated(to: int) -> bytes | None:
         for name, value in entry.items():
             assert type(value) is Tensor
             assert value.stride() == expected["state"][key][name].stride()
-    ours.load_state_dict(ours.state_dict())
+    ours.load_state_dict(ours.state_dict(sharded=True))
     return file.getvalue()
 
 
@@ -87,7 +87,10 @@ def consolidation_ends() -> None:
     rank = dist.get_rank()
 
     def is_whole() -> bool:
-        return not any(isinstance(value, DTensor) for value in ours.state_dict()["state"][5].values())
+        try:
+            return type(ours.state_dict()["state"][5]["exp_avg"]) is Tensor
+        except RuntimeError:
+            return False
 
     ours.consolidate_state_dict()
     assert is_whole() == (rank == 0)
@@ -96,7 +99,7 @@ def consolidation_ends() -> None:
     assert not is_whole()
     ours.consolidate_state_dict(to=1)
     assert is_whole() == (rank == 1)
-    ours.load_state_dict(ours.state_dict())
+    ours.load_state_dict(ours.state_dict(sharded=True))
     assert not is_whole()
     ours.consolidate_state_dict()
     ours.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
@@ -134,23 +137,27 @@ def test_torch_gathers_the_full_state_dict_as_well(run_ranks) -> None:
 
 def not_for_saving() -> None:
     """Alone and without communication: rank 1 does none of it."""
-    optimizer = ZeroAdamW([nn.Parameter(torch.ones(4, 4))])
+    param = nn.Parameter(torch.ones(4, 4))
+    optimizer, plain = ZeroAdamW([param]), torch.optim.AdamW([param], fused=True)
+    assert optimizer.state_dict() == plain.state_dict()  # before the first step, as there
+    param.grad = torch.ones(4, 4)
+    optimizer.step()
     if dist.get_rank() == 1:
         return
-    message = r"torch\.distributed\.checkpoint\.save\(\).*consolidate_state_dict\(to=0\)"
-    state_dict = optimizer.state_dict()
+    message = r"zeroadam\.save\(.*consolidate_state_dict\(to=0\).*torch\.distributed\.checkpoint\.save\(\)"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.state_dict()
+    state_dict = optimizer.state_dict(sharded=True)
     for holder in (state_dict, {"optimizer": state_dict}, copy.deepcopy(state_dict), copy.copy(state_dict)):
         with pytest.raises(RuntimeError, match=message):
             torch.save(holder, io.BytesIO())
     with pytest.raises(RuntimeError, match=message):
         pickle.dumps(state_dict, protocol=5)
-    with pytest.raises(RuntimeError, match="cannot be pickled"):
-        torch.save(optimizer, io.BytesIO())
     state_dict["state"][0]["exp_avg"].to_local().fill_(1.0)
-    copied = copy.deepcopy(optimizer.state_dict())
+    copied = copy.deepcopy(optimizer.state_dict(sharded=True))
     assert torch.equal(copied["state"][0]["exp_avg"].to_local(), torch.ones(2, 4))
     copied["state"][0]["exp_avg"].to_local().zero_()
-    assert optimizer.state_dict()["state"][0]["exp_avg"].to_local().sum() == 8
+    assert optimizer.state_dict(sharded=True)["state"][0]["exp_avg"].to_local().sum() == 8
 
 
 def test_a_part_of_the_state_is_not_saved_for_the_whole(run_ranks) -> None:
@@ -239,7 +246,7 @@ def misfits() -> None:
     with pytest.raises(
         ValueError, match=r"is cut as \(Shard\(dim=0\),\) over 1 ranks, this optimizer cuts it as .* over 2"
     ):
-        other.load_state_dict({**other.state_dict(), "state": dict(enumerate(of_one.state.values()))})
+        other.load_state_dict({**other.state_dict(sharded=True), "state": dict(enumerate(of_one.state.values()))})
     assert equal(snapshot(ours), before)
     other.load_state_dict(of_one.state_dict())  # of one rank it is whole
     ours.load_state_dict(plain.state_dict())
@@ -315,7 +322,7 @@ def exchanged() -> None:
     set_gradients(0, params)
     ours.step()
     before = [ours.state[p]["exp_avg"].full_tensor().clone() for p in params]
-    state_dict = ours.state_dict()
+    state_dict = ours.state_dict(sharded=True)
     state_dict["state"] = {0: state_dict["state"][1], 1: state_dict["state"][2], 2: state_dict["state"][0]}
     ours.load_state_dict(state_dict)
     after = [ours.state[p]["exp_avg"].full_tensor() for p in params]
@@ -343,7 +350,7 @@ def hooks() -> None:
     assert seen == [4]
     assert_same(other, plain)
     other.register_state_dict_post_hook(lambda _, state_dict: state_dict.update(seen=len(state_dict["state"])))
-    assert other.state_dict()["seen"] == len(mine)
+    assert other.state_dict(sharded=True)["seen"] == len(mine)
     other.consolidate_state_dict()
     assert other.state_dict()["seen"] == len(mine)
     assert_same(ours, plain)
@@ -351,6 +358,25 @@ def hooks() -> None:
 
 def test_the_hooks_of_torch_are_called(run_ranks) -> None:
     run_ranks(hooks, 2)
+
+
+def pickled(folder: str) -> None:
+    """A DDP model with the hook, which has its optimizer, and the optimizer itself."""
+    model = DistributedDataParallel(nn.Linear(3, 2), gradient_as_bucket_view=True)
+    optimizer = ZeroAdamW(model)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    file = f"{folder}/{dist.get_rank()}.pt"
+    with pytest.warns(UserWarning, match=r"left out of what is pickled: use zeroadam\.save"):
+        torch.save({"model": model, "optimizer": optimizer}, file)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded["model"].module.weight, model.module.weight)
+    with pytest.raises(AttributeError, match="no step: a sharded optimizer is left out"):
+        loaded["optimizer"].step()
+
+
+def test_a_ddp_model_with_the_hook_can_be_pickled(run_ranks, tmp_path: Path) -> None:
+    run_ranks(pickled, 2, str(tmp_path))
 
 
 def removed_after_consolidation() -> None:
@@ -368,9 +394,9 @@ def test_a_parameter_may_be_removed_after_consolidation(run_ranks) -> None:
 def other_results_of_hooks() -> None:
     optimizer = ZeroAdamW([nn.Parameter(torch.ones(4, 2))])
     optimizer.register_state_dict_post_hook(lambda _, state_dict: {"format": 2, "optimizer": state_dict})
-    state_dict = optimizer.state_dict()
+    state_dict = optimizer.state_dict(sharded=True)
     assert list(state_dict) == ["format", "optimizer"]
-    with pytest.raises(RuntimeError, match="this is a part of the optimizer's state"):
+    with pytest.raises(RuntimeError, match="this rank has a part of the optimizer's state"):
         torch.save(state_dict, io.BytesIO())
 
 

@@ -133,7 +133,7 @@ def round_trips(way: str, other: str) -> None:
     for step in range(3):
         set_gradients(step, params)
         optimizer.step()
-    saved = optimizer.state_dict()
+    saved = optimizer.state_dict(sharded=True)
     optimizer.consolidate_state_dict()
     if dist.get_rank() == 0:
         file = io.BytesIO()
@@ -181,7 +181,7 @@ def without_masters(way: str) -> None:
             assert torch.equal(full(optimizer.state[p][key]), value.to(optimizer.state[p][key].dtype))
     optimizer.load_state_dict(plain.state_dict())
     with pytest.raises(ValueError, match=r"exp_avg is torch.float32, the parameter is torch.bfloat16"):
-        ZeroAdamW(params, **OPTIONS).load_state_dict(optimizer.state_dict())
+        ZeroAdamW(params, **OPTIONS).load_state_dict(optimizer.state_dict(sharded=True))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -284,7 +284,7 @@ def wrong_arguments() -> None:
         ZeroAdamW(params, master_dtype=torch.float32, store_param_remainders=dist.get_rank() == 0)
     optimizer = ZeroAdamW(params, **WAYS["remainder"])
     assert set(optimizer.state[params[0]]) == {"step", "exp_avg", "exp_avg_sq", "remainder"}
-    assert set(copy.deepcopy(optimizer.state_dict())["state"][0]) == set(optimizer.state[params[0]])
+    assert set(copy.deepcopy(optimizer.state_dict(sharded=True))["state"][0]) == set(optimizer.state[params[0]])
 
 
 def test_wrong_arguments_raise_on_every_rank(run_ranks) -> None:

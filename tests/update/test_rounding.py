@@ -204,13 +204,13 @@ def round_trips(state: str) -> None:
     """Through its own dict, a plain file, and a plain AdamW, back to itself and to float32."""
     model, optimizer = trained(3, state_dtype=STATES[state])
     before = [moments_of(optimizer, p) for p in model.parameters()]
-    own = optimizer.state_dict()
+    own = optimizer.state_dict(sharded=True)
     _, again = trained(1, state_dtype=STATES[state])
     again.load_state_dict(own)
     assert equal([moments_of(again, p) for p in again.param_groups[0]["params"]], before)
 
     optimizer.consolidate_state_dict(to=0)
-    saved: list[Any] = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+    saved: list[Any] = [optimizer.state_dict(sharded=True) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(saved)
     for entry, moments in zip(saved[0]["state"].values(), before, strict=True):
         assert entry.keys() == {"step", *moments}

@@ -1,6 +1,5 @@
 """`zeroadam export` and `inspect`: a checkpoint as a plain PyTorch file, and what is in it."""
 
-import os
 import re
 import warnings
 from collections import Counter
@@ -12,6 +11,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from zeroadam.checkpoint import check_files, read, read_metadata
+from zeroadam.plain_file import write_beside
 from zeroadam.update.master import MASTERS, convert
 from zeroadam.update.rounding import dequantize_entry
 
@@ -117,12 +117,7 @@ def export(folder: Path, file: Path) -> None:
     exported = {"model": model, "optimizer": {"state": state, "param_groups": groups}}
     if masters:
         exported["master"] = masters
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(exported, beside)
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_beside(exported, file)
     counts = f'{{"model": {len(model)} entries, "optimizer": {len(state)}, "master": {len(masters)}}}'
     print(f"wrote {file}, {file.stat().st_size:,} bytes: {counts}")
 

@@ -5,6 +5,7 @@ to the end before any of it is copied, into the memory that the state has alread
 """
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -25,17 +26,21 @@ from zeroadam.update.rounding import CODES, SCALES, dequantize_entry
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 
+PART = (
+    "this rank has a part of the optimizer's state, the other ranks hold the rest. For one plain file call "
+    "zeroadam.save({'optimizer': optimizer, ...}, file) on all ranks; or optimizer.consolidate_state_dict(to=0) on all "
+    "ranks first, and then optimizer.state_dict() and torch.save() on rank 0. For torch.distributed.checkpoint.save(), "
+    "and for load_state_dict() on the same ranks, ask for optimizer.state_dict(sharded=True). With Accelerate: "
+    "accelerator.register_save_state_pre_hook(lambda *_: optimizer.optimizer.consolidate_state_dict()); with "
+    "transformers' Trainer: callbacks=[zeroadam.huggingface.ConsolidateOnSave()]"
+)
+
+
 class ShardedState(dict[Any, Any]):
     """The entry "state" of a state dict, of which other ranks hold the rest: it is not for `torch.save`."""
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise RuntimeError(
-            "this is a part of the optimizer's state, the other ranks hold the rest: save with "
-            "torch.distributed.checkpoint.save() on all ranks; or, for one plain file, call "
-            "optimizer.consolidate_state_dict(to=0) on all ranks first, and torch.save() on rank 0. With Accelerate: "
-            "accelerator.register_save_state_pre_hook(lambda *_: optimizer.optimizer.consolidate_state_dict()); with "
-            "transformers' Trainer: callbacks=[zeroadam.huggingface.ConsolidateOnSave()]"
-        )
+        raise RuntimeError(PART)
 
     def __copy__(self) -> "ShardedState":
         return ShardedState(self)
@@ -44,10 +49,30 @@ class ShardedState(dict[Any, Any]):
         return ShardedState((key, copy.deepcopy(value, memo)) for key, value in self.items())
 
 
-def without_the_others(state_dict: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """The state dict of one of W ranks, which is not for `torch.save`; of a single rank it is whole, and plain."""
-    if world_size > 1:
-        return {**state_dict, "state": ShardedState(state_dict["state"])}
+class LeftOut:
+    """What a pickled object has in place of a sharded optimizer, such as a DDP model in its communication hook."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"no {name}: a sharded optimizer is left out of what is pickled, use zeroadam.save()")
+
+
+def called_by_checkpoint() -> bool:
+    """Whether torch.distributed.checkpoint, or what stands in for it here, is among the callers."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(("torch.distributed.checkpoint", "zeroadam.checkpoint")):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def as_part(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict of one of W ranks, which is not for `torch.save`."""
+    return {**state_dict, "state": ShardedState(state_dict["state"])}
+
+
+def as_plain(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict of a single rank, or one that was consolidated."""
     return {**state_dict, "state": {key: _plain(value) for key, value in state_dict["state"].items()}}
 
 

@@ -1,0 +1,88 @@
+"""zeroadam.save: one plain file of the whole, and never less than what was there before."""
+
+import os
+import resource
+import signal
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from state_checks import equal, trained
+from torch import nn
+
+import zeroadam
+from zeroadam import ZeroAdamW
+
+Pair = namedtuple("Pair", "first second")
+
+
+def saved(folder: str) -> None:
+    ours, plain, mine, _ = trained()
+    other = ZeroAdamW([nn.Parameter(torch.ones(3))])
+    schedule = torch.optim.lr_scheduler.ConstantLR(ours)
+    file = f"{folder}/last.pt"
+    zeroadam.save({"optimizers": [ours, (other, Pair(ours, 3))], "schedule": schedule.state_dict(), "mine": mine}, file)
+    loaded = torch.load(file, weights_only=True)
+    first, (second, (again, three)) = loaded["optimizers"]
+    assert equal(first["state"], plain.state_dict()["state"])
+    assert equal(again["state"], first["state"])
+    assert (second["state"][0]["step"], three) == (0, 3)
+    ours.load_state_dict(first)  # on all ranks
+    assert equal(mine, loaded["mine"])
+    with pytest.raises(RuntimeError, match="this rank has a part"):
+        ours.state_dict()  # nothing stays of the whole one
+    assert os.listdir(folder) == ["last.pt"]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_optimizers_stand_for_their_whole_state(run_ranks: Any, tmp_path: Path, world_size: int) -> None:
+    run_ranks(saved, world_size, str(tmp_path))
+
+
+def not_saved(folder: str) -> None:
+    """A full disk, something that cannot be pickled on the rank that writes, a folder that is not there."""
+    ours, *_ = trained()
+    file, rank = Path(folder) / "last.pt", dist.get_rank()
+    zeroadam.save({"optimizer": ours}, file, to=1)
+    before = file.read_bytes()
+    error: Any = OSError if rank == 1 else RuntimeError
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    with pytest.raises((error, RuntimeError)):  # torch's writer has an error of its own in place of OSError
+        zeroadam.save({"optimizer": ours}, file, to=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises((AttributeError, TypeError) if rank == 1 else RuntimeError):
+        zeroadam.save({"optimizer": ours, "a lock": (lambda: 0) if rank == 1 else None}, file, to=1)
+    with pytest.raises(error, match="No such file"):
+        zeroadam.save({"optimizer": ours}, file.parent / "nowhere" / "last.pt", to=1)
+    with pytest.raises(RuntimeError, match="this rank has a part"):
+        torch.save({"optimizer": ours.state_dict()}, file)  # as in a script for AdamW
+    dist.barrier()
+    assert file.read_bytes() == before
+    assert os.listdir(folder) == ["last.pt"]
+
+
+def test_what_was_there_stays_if_it_cannot_be_saved(run_ranks: Any, tmp_path: Path) -> None:
+    run_ranks(not_saved, 2, str(tmp_path))
+
+
+def after_consolidation(folder: str) -> None:
+    ours, plain, *_ = trained()
+    ours.consolidate_state_dict()
+    dcp.save({"optimizer": ours}, checkpoint_id=folder)
+    state = {"optimizer": ours.state_dict(sharded=True)}
+    for entry in state["optimizer"]["state"].values():
+        entry["exp_avg"].to_local().zero_()
+    dcp.load(state, checkpoint_id=folder)
+    ours.consolidate_state_dict()
+    if dist.get_rank() == 0:
+        assert equal(ours.state_dict()["state"], plain.state_dict()["state"])
+
+
+def test_a_checkpoint_has_the_shards_of_all_ranks_also_after_consolidation(run_ranks: Any, tmp_path: Path) -> None:
+    run_ranks(after_consolidation, 2, str(tmp_path))
