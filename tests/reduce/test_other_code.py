@@ -122,7 +122,7 @@ def phases() -> None:
                     dist.all_reduce(param.grad)
                 optimizer.step()
                 optimizer.zero_grad()
-            state = optimizer.state_dict(sharded=True)
+            state = optimizer.state_dict(**({"sharded": True} if cls is ZeroAdamW else {}))
             del model
         trained.append(net)
     same(*trained)
