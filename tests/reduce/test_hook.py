@@ -361,6 +361,46 @@ def test_join_that_cannot_be_right_is_refused(run_ranks, case: str) -> None:
     run_ranks(uneven_refused, 2, case)
 
 
+def sums_in_join(zero: bool, accumulate: bool) -> list[Tensor]:
+    results = []
+    for cls in (ZeroAdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(nn.Linear(3, 4), gradient_as_bucket_view=True)
+        optimizer = cls(model.parameters(), **ADAMW)
+        if cls is ZeroAdamW:
+            model.register_comm_hook(optimizer, reduce_scatter_hook)
+        with Join([model, optimizer] if cls is ZeroAdamW else [model]):
+            for step in range(1 + 2 * dist.get_rank()):
+                torch.manual_seed(10 * step + dist.get_rank())
+                if accumulate:
+                    with model.no_sync():
+                        model(torch.randn(5, 3)).square().mean().backward()
+                model(torch.randn(5, 3)).square().mean().backward()
+                optimizer.step()
+                if zero or step % 2:
+                    optimizer.zero_grad(set_to_none=not step)
+        results.append([param.detach() for param in model.parameters()])
+    return [one - other for one, other in zip(*results, strict=True)]
+
+
+def refused_sums_in_join() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"in Join a backward would add to gradients|rank 1 of the process group failed"
+    ):
+        sums_in_join(zero=False, accumulate=False)
+
+
+def test_gradients_that_add_up_in_join_are_refused(run_ranks) -> None:
+    """Where DDP's own are neither sum nor mean, as ranks without inputs add nothing for what they had before."""
+    run_ranks(refused_sums_in_join, 2)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_join_with_gradients_zeroed_in_either_way(run_ranks, accumulate: bool) -> None:
+    for differences in run_ranks(sums_in_join, 2, True, accumulate):
+        assert not any(difference.count_nonzero() for difference in differences)
+
+
 def test_join_without_the_optimizer_is_refused(run_ranks) -> None:
     """The rank without inputs says so and ends, and with it the others, instead of waiting for it."""
     with pytest.raises(pytest.fail.Exception, match="rank 0:\nthe process died without an answer"):

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from zeroadam._compat import current_graph_task_id, queue_callback
 from zeroadam.layout.packing import is_dense, split_by_size
@@ -80,6 +81,8 @@ class Reduction:
         self.seen: set[int] = set()
         self.started = 0  # parts in this backward; by which staging memory is chosen, alike on all ranks
         self.memory: dict[tuple[torch.device, int], Tensor] = {}
+        self.guarded = WeakTensorKeyDictionary()  # one parameter of each bucket that was reduced in `Join`
+        self.last_sums: dict[int, Tensor] = {}  # of the gradients of their buckets, by the id of the parameter
         # In `Join`, what a rank without inputs gets for its pieces: DDP does not put it into p.grad there.
         self.joined: list[tuple[Tensor, Tensor]] = []
 
@@ -92,6 +95,8 @@ class Reduction:
         owner: the optimizer with which the hook was registered.
         """
         joined, backward = in_join(owner), current_graph_task_id()
+        if joined and backward != -1 and bucket.parameters()[0] not in self.guarded:
+            self._refuse_sums_in_join(bucket.parameters(), owner)
         if backward != -1:
             parts = self.known.get(bucket.buffer().data_ptr()) or self._know(bucket, owner, wire_dtype)
             if backward != self.backward:
@@ -130,6 +135,9 @@ class Reduction:
                 self._finish_first()
         for part in self.finished:
             part.remember()
+            if len(self.guarded):
+                sums = {id(param): grad.sum() for param, grad in zip(part.params, part.grads, strict=True)}
+                self.last_sums.update(sums)
         self.finished.clear()
         self.started = 0
 
@@ -170,6 +178,20 @@ class Reduction:
         self.finish()
         taken, self.joined = self.joined, []
         return taken
+
+    def _refuse_sums_in_join(self, params: list[Tensor], owner: Owner) -> None:
+        """From the next backward on, raise where it would add to sums, to which ranks without inputs add nothing."""
+
+        def check(_: Tensor) -> None:  # before a gradient is added; also where DDP has moved them to another bucket
+            sums = [(p.grad, self.last_sums.get(id(p))) for p in params] if in_join(owner) else []
+            if any(g is not None and last is not None and last != 0 and g.sum() == last for g, last in sums):
+                with self._ends_together():
+                    raise RuntimeError(
+                        "in Join a backward would add to gradients of an earlier one, which ranks without inputs have "
+                        "no more: call optimizer.zero_grad() after each step, and accumulate in model.no_sync()"
+                    )
+
+        self.guarded[params[0]] = params[0].register_hook(check)
 
     def _know(self, bucket: dist.GradBucket, owner: Owner, wire_dtype: torch.dtype | None) -> list[GradBucket]:
         """Lay a new bucket out, and forget those that had its parameters before DDP rebuilt them."""
