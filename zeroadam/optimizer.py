@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
 
 from zeroadam.gather.gathers import Gathers
-from zeroadam.gather.in_forward import ForwardGather
+from zeroadam.gather.in_forward import watch
 from zeroadam.options import Options
 from zeroadam.reduce.clip import all_finite, clip_grad_norm_, clip_grad_value_
 from zeroadam.reduce.grad_scaler import refuse_torch_scaler
@@ -265,11 +265,11 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     def gather_in_forward(self, model: nn.Module) -> None:
         """Let the all-gather of `step()` go on during the next forward of `model`, for networks that are slow.
 
-        Each module then waits before its forward for the parameters that it reads, and so do `model.state_dict()`,
-        `model.load_state_dict()` and whatever of this optimizer needs them. Before anything else that reads or writes
-        a parameter after `step()`, such as an average of the weights or `model.to()`, call `finish_gather()`; also
-        before `destroy_process_group()`. Parameters of other models, and those that go through shared memory, are
-        gathered in `step()` as ever.
+        Whoever reads a parameter through the model's modules then waits for it, such as `module.weight`,
+        `model.parameters()` and `model.state_dict()`, and so does whatever of this optimizer needs it. Who holds the
+        parameter itself since before calls `finish_gather()` first: a list of parameters, another model of which they
+        are a part; also before `destroy_process_group()`. `model.zero_grad()` waits for all, `optimizer.zero_grad()`
+        for none. Parameters of other models, and those that go through shared memory, are gathered in `step()`.
 
         Raises:
             ValueError: the model has no parameter of this optimizer.
@@ -280,7 +280,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._gathers.in_forward.update(dict.fromkeys(params, True))
         for bucket in self._plan.buckets:
             bucket.in_forward = None
-        ForwardGather(self._gathers).watch(model)
+        watch(model, self._gathers)
 
     def finish_gather(self) -> None:
         """Wait until all parameters are on this rank. Needed after `gather_in_forward` only; see there."""

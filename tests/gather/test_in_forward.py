@@ -7,8 +7,9 @@ are NaN.
 import copy
 import io
 import os
+import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -138,13 +140,14 @@ def layers() -> tuple[nn.Module, ZeroAdamW, list[str]]:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(3)))
     optimizer = ZeroAdamW(model.parameters(), **ADAMW)
+    weights = [layer.weight for layer in model]
     optimizer.gather_in_forward(model)
     for _ in range(2):
         model(torch.ones(1, 512)).sum().backward()
         optimizer.step()
     events: list[str] = []
     for index, layer in enumerate(model):
-        gather = optimizer._gathers.waiting[layer.weight]
+        gather = optimizer._gathers.waiting[weights[index]]
         wait = gather.wait
 
         def wait_and_tell(index: int = index, wait: Callable[[], None] = wait) -> None:
@@ -157,8 +160,8 @@ def layers() -> tuple[nn.Module, ZeroAdamW, list[str]]:
 
 
 def overlap() -> list[str]:
-    model, _, events = layers()
-    assert model[2].weight.isnan().any()
+    model, optimizer, events = layers()
+    assert optimizer.param_groups[0]["params"][4].isnan().any()
     assert not model(torch.ones(1, 512)).isnan().any()
     return events
 
@@ -177,6 +180,15 @@ def readers(model: nn.Module, own: ZeroAdamW) -> list[Callable[[], Any]]:
         lambda: own.add_param_group({"params": [nn.Parameter(torch.ones(3))]}),
         lambda: own.load_state_dict(own.state_dict(sharded=True)),
         model.state_dict,
+        lambda: copy.deepcopy(model),
+        lambda: copy.copy(model[2]._parameters),
+        lambda: model.double().float(),
+        lambda: list(model.parameters()),
+        lambda: dict(model[2]._parameters),
+        lambda: {}.update(model[2]._parameters),
+        lambda: {**model[2]._parameters},
+        lambda: model[2]._parameters.get("weight"),
+        lambda: model[2]._parameters.pop("weight"),
         lambda: model[2].state_dict(),
         lambda: model[2].load_state_dict(model[1].state_dict()),
     ]
@@ -187,17 +199,94 @@ def other_readers() -> None:
     for index in range(len(readers(nn.Module(), ZeroAdamW([nn.Parameter(torch.ones(1))])))):
         Gloo.prepare_gather = prepare  # type: ignore[method-assign]
         model, own, _ = layers()
-        assert model[2].weight.isnan().any()
+        weight = own.param_groups[0]["params"][4]
+        assert weight.isnan().any()
         readers(model, own)[index]()
         if index == 0:
             assert own._gathers.waiting  # the next ones
             own.finish_gather()
-        assert not any(p.isnan().any() for p in model.parameters())
-        assert not own._gathers.waiting
+        assert not weight.isnan().any(), index
 
 
 def test_who_else_reads_waits(run_ranks: Any) -> None:
     run_ranks(other_readers, 2)
+
+
+def read(module: nn.Module) -> Tensor:
+    """The weight of a module that may not have been called yet; then the one that is pruned is an old one."""
+    weight: Tensor = module.weight_orig if hasattr(module, "weight_orig") else module.weight
+    return weight
+
+
+class Reader(nn.Module):
+    """Reads weights of its own, of its children and of other modules, in any order, before or after calling them."""
+
+    def __init__(self, rng: random.Random, depth: int, others: list[nn.Module]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64) / 8)
+        if rng.random() < 0.3:
+            prune.l1_unstructured(self, "weight", 0.3)
+        elif rng.random() < 0.3:
+            parametrizations.orthogonal(self, "weight")
+        self.layers = nn.ModuleList([Reader(rng, depth - 1, others) for _ in range(rng.randrange(3))] if depth else [])
+        self.gru = nn.GRU(64, 64, batch_first=True) if rng.random() < 0.2 else None
+        self.others = [rng.choice(others) for _ in range(rng.randrange(2))] if others else []  # no children
+        self.plan = [rng.choice(["call", "read", "other", "checkpoint", "own", "norm"]) for _ in range(4)]
+        others.append(self)
+        if rng.random() < 0.3:
+            self.register_forward_pre_hook(lambda module, args: (args[0] + module.weight.mean(),))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for what in self.plan:
+            if what == "own":
+                x = torch.tanh(x @ self.weight)
+            elif what == "norm":
+                x = x * sum(p.square().mean() for p in self.parameters(recurse=False))
+            for layer in self.layers if what in ("call", "read", "checkpoint") else ():
+                if what == "read":
+                    x = x + x @ read(layer).T
+                else:
+                    x = layer(x) if what == "call" else checkpoint(layer, x, use_reentrant=False)
+            for other in self.others if what == "other" else ():
+                x = x + 0.1 * read(other).sum()
+        return x if self.gru is None else self.gru(x)[0]
+
+
+def random_readers(seeds: list[int]) -> None:
+    os.environ["ZEROADAM_SHARED_MEMORY"] = "0"
+    prepare = Gloo.prepare_gather
+    for seed in seeds:
+        found = []
+        for in_forward in (False, True):
+            Gloo.prepare_gather = prepare  # type: ignore[method-assign]
+            come_late()
+            rng = random.Random(seed)
+            torch.manual_seed(seed)
+            others: list[nn.Module] = []
+            net = nn.Sequential(nn.Linear(64, 64), Reader(rng, 2, others))
+            optimizer = ZeroAdamW(net.parameters(), **ADAMW, bucket_cap_mb=0.02)
+            if in_forward:
+                optimizer.gather_in_forward(net)
+            params = [param for group in optimizer.param_groups for param in group["params"]]
+            for step in range(5):
+                if step == 2:  # a forward that fails half-way
+                    handle = rng.choice(others).register_forward_hook(lambda *_: 1 / 0)
+                    with suppress(ZeroDivisionError):
+                        net(torch.ones(2, 3, 64))
+                    handle.remove()
+                loss = net(torch.ones(2, 3, 64)).square().mean()
+                loss.backward()
+                found.append(loss.item())
+                optimizer.step()
+                for param in params:
+                    param.grad = None
+            optimizer.finish_gather()
+        assert found[:5] == found[5:], seed
+
+
+def test_every_read_through_a_module_waits(run_ranks: Any) -> None:
+    """Random modules; the gathers come late, and what is read too early is NaN."""
+    run_ranks(random_readers, 2, list(range(int(os.environ.get("ZEROADAM_TEST_READERS", "12")))))
 
 
 def copies() -> None:
