@@ -32,6 +32,7 @@ from zeroadam.state.agreement import (
     check_supported,
     describe_groups,
     describe_step,
+    describe_training,
     describe_values,
     digest_step,
     find_difference,
@@ -54,7 +55,7 @@ from zeroadam.state.state_dict import (
 from zeroadam.state.storage import Storage, choose_kernel
 from zeroadam.step_plan import StepPlan
 from zeroadam.transport import Transports
-from zeroadam.transport.calls import STEP, DisagreementError
+from zeroadam.transport.calls import STEP, DisagreementError, digest_of
 
 
 class ZeroAdam(torch.optim.Adam, Joinable):
@@ -124,6 +125,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self.rank, self.world_size = self.process_group.rank(), self.process_group.size()
         self._difference: str | None = None  # between the values of parameters on the ranks
         self._stepped = False  # or loaded
+        self._check_every = 0  # steps
         options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype)
         self._storage = Storage(self.process_group, options)
 
@@ -236,12 +238,19 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             raise
         if self.world_size == 1:
             return
-        self._transports.calls.digest = digest_step(self, plan.layout, plan.with_gradients)
+        digest, training = digest_step(self, plan.layout, plan.with_gradients), Manifest()
+        if call == STEP and self._check_every and self._transports.calls.numbers[STEP] % self._check_every == 0:
+            training = describe_training(self)
+            if not self._transports.can_meet:
+                check_ranks_agree(self.process_group, lambda: training)
+            digest ^= digest_of(training)
+        self._transports.calls.digest = digest
         try:
             self._transports.meet()
         except DisagreementError:  # on all ranks alike, so they can say what it is
             having = {id(plan.params[position]) for position in plan.with_gradients}
-            check_ranks_agree(self.process_group, lambda: describe_step(self, plan.numbers, having))
+            often = {"how often check_agreement() compares": f"every {self._check_every} steps"}
+            check_ranks_agree(self.process_group, lambda: describe_step(self, plan.numbers, having) | often | training)
             raise
 
     @contextlib.contextmanager
@@ -261,6 +270,22 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         .reduce_scatter in a trace of torch.profiler. Gathers that go on in the next forward count for the next step.
         """
         return self._meter.last
+
+    def check_agreement(self, every: int = 100) -> None:
+        """Compare parameters, steps and hyper-parameters of all ranks before every Nth `step()`; 0 for never.
+
+        For ranks that have drifted apart: another file was loaded, random numbers were not the same, memory has lost a
+        bit. The step then raises on all ranks, before it changes anything, and names the first that differs and on
+        which ranks. What a step gathers is the same again after it, so a fault in one rank's copy of a trained
+        parameter is found only by the step that follows it: with `every=1`, or where it comes back each time. In a
+        parameter that was always frozen, in steps and in hyper-parameters it stays, and is found within N steps.
+
+        Raises:
+            ValueError: `every` is negative.
+        """
+        if every < 0:
+            raise ValueError(f"every is a number of steps, or 0 for never, not {every}")
+        self._check_every = every
 
     def gather_in_forward(self, model: nn.Module) -> None:
         """Let the all-gather of `step()` go on during the next forward of `model`, for networks that are slow.
@@ -473,6 +498,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         memo[id(self)] = copied
         copied.process_group, copied.rank, copied.world_size = self.process_group, self.rank, self.world_size
         copied._storage, copied._difference, copied._stepped = self._storage, self._difference, self._stepped
+        copied._check_every = self._check_every
         Joinable.__init__(copied)
         # As torch's optimizers, which leave hooks behind.
         kept = {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}

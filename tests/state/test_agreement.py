@@ -1,6 +1,7 @@
 """Ranks that disagree, and input that cannot be right, raise on every rank at once and never hang."""
 
 import contextlib
+import random
 import re
 from typing import Any
 
@@ -221,3 +222,88 @@ def built_first(options: dict[str, Any], hook: bool) -> None:
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_optimizer_may_be_built_before_ddp(run_ranks, options: str, hook: bool) -> None:
     run_ranks(built_first, 3, OPTIONS[options], hook)
+
+
+def flip(param: torch.Tensor, position: int, bit: int) -> None:
+    param.detach().view(-1).view(torch.int32)[position] ^= -(2**31) if bit == 31 else 2**bit
+
+
+def flipped(cases: list[tuple[int, int, int, int]], every: int, frozen: bool) -> None:
+    """(parameter, position, bit, rank) of one bit at a time."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(5, 7)), nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(33))]
+    params[2].requires_grad = False
+    optimizer = ZeroAdamW(params, lr=1e-3)
+    optimizer.check_agreement(every)
+    for which, position, bit, rank in cases:
+        param = params[2] if frozen else params[which]
+        for number in range(every + 1):
+            for trained in params[:2]:
+                trained.grad = torch.ones_like(trained)
+            if number == 0 and dist.get_rank() == rank:
+                flip(param, position, bit)
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                message = str(error)
+                break
+        else:
+            pytest.fail(f"not found within {every} steps: {which, position, bit, rank}")
+        assert f"disagree on the values of parameter {2 if frozen else which} of group 0: hash" in message
+        assert re.search(rf"on rank {rank}(;|$)", message), message
+        if dist.get_rank() == rank:
+            flip(param, position, bit)  # back again, and training goes on
+        optimizer.step()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_flipped_bit_is_found_wherever_it_is(run_ranks: Any, world_size: int) -> None:
+    """Of a trained parameter in the step that follows, at every position; in one that is frozen within N steps."""
+    sizes = {0: 35, 1: 3}
+    rng = random.Random(world_size)
+    cases = [(which, at, rng.randrange(32), rng.randrange(world_size)) for which in sizes for at in range(sizes[which])]
+    run_ranks(flipped, world_size, cases, 1, False)
+    cases = [(2, at, bit, rng.randrange(world_size)) for at in (0, 31, 32) for bit in range(32)]
+    run_ranks(flipped, world_size, cases, 3, True)
+
+
+def no_alarm(transport: str) -> None:
+    params = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(()))]
+    optimizer = ZeroAdamW(params, lr=torch.tensor(1e-3))
+    optimizer.check_agreement(every=1)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(10_000 if transport == "shared memory" else 200):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.param_groups[0]["lr"].mul_(0.999)
+        optimizer.step()
+        if step % 1000 == 7:
+            optimizer.load_state_dict(optimizer.state_dict(sharded=True))
+
+
+@pytest.mark.parametrize("transport", ["shared memory", "sockets", "backend"])
+def test_no_false_alarm(run_ranks: Any, transport: str) -> None:
+    run_ranks(no_alarm, 2, transport, transport=transport)
+
+
+def other_settings(what: str) -> None:
+    optimizer = ZeroAdamW([param := nn.Parameter(torch.ones(4))], lr=torch.tensor(1e-3))
+    optimizer.check_agreement(every=2)
+    param.grad = torch.ones(4)
+    optimizer.step()
+    if dist.get_rank() == 1 and what == "lr":
+        optimizer.param_groups[0]["lr"].fill_(1.0)
+    elif dist.get_rank() == 1:
+        optimizer.state[param]["step"].fill_(7)
+    before = param.detach().clone()
+    message = {"lr": "lr of group 0: 0.00100.* on rank 0; 1.0 on rank 1", "step": "the step of .*: 1.0 on rank 0; 7.0"}
+    with pytest.raises(RuntimeError, match=f"disagree on {message[what]}"):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("transport", ["shared memory", "backend"])
+@pytest.mark.parametrize("what", ["lr", "step"])
+def test_steps_and_learning_rates_in_tensors_are_compared(run_ranks: Any, what: str, transport: str) -> None:
+    """Which no header has, as their values may not be known on the host."""
+    run_ranks(other_settings, 2, what, transport=transport)

@@ -171,6 +171,18 @@ def describe_step(optimizer: Optimizer, numbers: Sequence[tuple[Tensor, int]], h
     return manifest
 
 
+def describe_training(optimizer: Optimizer) -> Manifest:
+    """What must be the same on all ranks between two steps: parameters, steps and hyper-parameters, in this order."""
+    manifest: Manifest = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for name, param in named(group, index):
+            manifest[f"the values of {name}"] = f"hash {fingerprint(param):x}"
+            if state := optimizer.state.get(param):
+                manifest[f"the step of {name}"] = str(float(state["step"]))
+        manifest |= describe_hyperparameters(group, index, optimizer.defaults)
+    return manifest
+
+
 def _without_tensors(value: Any) -> Any:
     """A hyper-parameter, if it is no tensor, of which the value may not be known on the host yet."""
     if isinstance(value, (tuple, list)):

@@ -127,5 +127,10 @@ class Transports:
             for channel in self._channels():
                 channel.fail()
 
+    @property
+    def can_meet(self) -> bool:
+        """Whether ranks compare headers at all."""
+        return bool(self._channels())
+
     def _channels(self) -> list[Channel]:
         return [transport.channel for transport in self._chosen.values() if transport.channel is not None]
