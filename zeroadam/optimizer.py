@@ -77,6 +77,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     The arguments are those of `torch.optim.Adam`, but `fused` is the default wherever torch has such a kernel, and
     params may be a model, for its `named_parameters()`. Further
         process_group: the ranks over which the state is cut, all of them by default. As in DistributedDataParallel.
+            Without torchrun and `init_process_group()` there is one rank, and the state is that of torch's Adam.
         bucket_cap_mb: megabytes (2^20 bytes) of parameters that are updated and gathered together. The memory
             for packing small parameters is at most three times this.
         master_dtype: torch.float32 for Adam to run on a float32 copy of bfloat16 and float16 parameters, which get the
@@ -90,7 +91,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
     Building the optimizer and `add_param_group` are collectives of the process group. Parameters may have other values
     on other ranks until DistributedDataParallel makes them equal, before the first step. Both raise on every rank:
-        RuntimeError: ranks that disagree on parameters or hyper-parameters; no process group.
+        RuntimeError: ranks that disagree on parameters or hyper-parameters; several processes and no process group.
         ValueError: no parameters, complex or already sharded ones, `differentiable=True`; what torch's Adam refuses;
             another `master_dtype` or `state_dtype`, or remainders without the first; 8-bit moments for another W than
             1 to 8, 16, 32 or 64 that would cut blocks, or without bitsandbytes.

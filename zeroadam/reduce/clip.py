@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,10 +77,10 @@ def _total_norm(owner: Owner, norm_type: float) -> Tensor:
     total = _norm_of(owner._plan.gradients, norm_type, group.rank(), owner.join_device)
     if math.isinf(norm_type):
         largest = torch.stack([total, total.isnan().to(total)])  # the maximum of a nan and a number may be either
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        reduce_number(largest, dist.ReduceOp.MAX, group)
         return torch.where(largest[1] > 0, math.nan, largest[0])
     total = total**norm_type
-    dist.all_reduce(total, group=group)
+    reduce_number(total, dist.ReduceOp.SUM, group)
     return total ** (1 / norm_type)
 
 
@@ -89,9 +90,14 @@ def all_finite(owner: Owner) -> bool:
     refuse_in_join(owner, "grads_are_finite()")
     owner._begin(LOOK)
     finite = _norm_of(owner._plan.gradients, math.inf, owner.process_group.rank(), owner.join_device).isfinite().float()
-    dist.all_reduce(finite, dist.ReduceOp.MIN, group=owner.process_group)
+    reduce_number(finite, dist.ReduceOp.MIN, owner.process_group)
     owner._plan.release_gradients()
     return bool(finite)
+
+
+def reduce_number(number: Tensor, operation: Any, group: dist.ProcessGroup) -> None:
+    if group.size() > 1:
+        dist.all_reduce(number, operation, group=group)
 
 
 def _norm_of(gradients: Sequence[Gradient], norm_type: float, rank: int, device: torch.device) -> Tensor:

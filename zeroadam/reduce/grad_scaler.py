@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from zeroadam.reduce.clip import reduce_number
 from zeroadam.reduce.join import refuse_in_join
 from zeroadam.reduce.ownership import Owner
 from zeroadam.transport.calls import LOOK
@@ -28,7 +29,7 @@ class GradScaler(torch.amp.GradScaler):
         super().unscale_(optimizer)
         found: dict[torch.device, torch.Tensor] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
         for found_inf in found.values():
-            dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=optimizer.process_group)
+            reduce_number(found_inf, dist.ReduceOp.MAX, optimizer.process_group)
         optimizer._plan.accept_changes()
         optimizer._plan.release_gradients()
 

@@ -1,8 +1,9 @@
 """Whether all ranks build the same optimizer, and one that can be sharded; asked before anything can hang or drift."""
 
+import os
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 from zlib import crc32
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from zeroadam.layout.places import overlapping
+from zeroadam.transport.alone import OneProcess
 from zeroadam.transport.calls import digest_of, name_ranks
 
 # What must be the same on every rank, as text, in the order in which differences are reported.
@@ -19,12 +21,18 @@ Manifest = dict[str, str]
 
 
 def joined_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The given process group or else that of all ranks; raises if there is none or this rank is not in it."""
+    """The given process group or else that of all ranks; in a script without torchrun, what stands for one.
+
+    Raises:
+        RuntimeError: there are other ranks, but no process group.
+        ValueError: this rank is not in the process group.
+    """
     if not dist.is_initialized():
-        raise RuntimeError(
-            "there is no process group: call torch.distributed.init_process_group() before building the optimizer, "
-            "and start the script with torchrun (one process will do)"
-        )
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise RuntimeError(
+                "there is no process group: call torch.distributed.init_process_group() before building the optimizer"
+            )
+        return cast(dist.ProcessGroup, OneProcess())
     group = process_group or dist.group.WORLD
     if group is None or dist.get_rank(group) < 0:
         raise ValueError("this rank is not in process_group: build the optimizer on the ranks of the group only")
@@ -98,9 +106,10 @@ def find_difference(process_group: dist.ProcessGroup, describe: Callable[[], Man
         mine = describe()
     except Exception as caught:
         error = caught
-    answers: list[Any] = [None] * process_group.size()
     failure = None if error is None else f"{type(error).__name__}: {error}"
-    dist.all_gather_object(answers, (failure, mine), group=process_group)
+    answers: list[Any] = [(failure, mine)] * process_group.size()
+    if process_group.size() > 1:
+        dist.all_gather_object(answers, (failure, mine), group=process_group)
     if error is not None:
         raise error
     for rank, (failure, _) in enumerate(answers):

@@ -79,7 +79,11 @@ def as_plain(state_dict: dict[str, Any]) -> dict[str, Any]:
 def _plain(entry: Any) -> Any:
     if not isinstance(entry, dict):
         return entry
-    return {key: value.to_local() if isinstance(value, DTensor) else value for key, value in entry.items()}
+    return {key: local_of(value) for key, value in entry.items()}
+
+
+def local_of(value: Any) -> Any:
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 @dataclass
@@ -207,7 +211,7 @@ def _loaded_entry(
         if not isinstance(target, DTensor):
             target = storage.new_tensor(param, name)
         result[name] = target
-        copies.append((target.to_local(), source))
+        copies.append((local_of(target), source))
     return {**result, **loaded}  # what is left is somebody's own
 
 
@@ -224,8 +228,7 @@ def _piece(name: str, value: Tensor, param: Tensor, precision: Precision, storag
                 f"{wanted} over {storage.world_size}: load it with torch.distributed.checkpoint, which cuts it anew"
             )
         return value.to_local()
-    full = value.to_local() if isinstance(value, DTensor) else value
-    return shard(full, storage.world_size, storage.rank)
+    return shard(local_of(value), storage.world_size, storage.rank)
 
 
 def empty_state(optimizer: Optimizer, storage: Storage) -> dict[Any, Any]:
@@ -250,7 +253,7 @@ def gather_state(optimizer: Optimizer, storage: Storage, whole: dict[Any, Any] |
             pieces = [] if target is None else [shard(target, storage.world_size, rank) for rank in ranks]
             gather_to(value.to_local(), pieces, to, storage.process_group)
         elif target is not None and isinstance(value, Tensor):  # which every rank has
-            target.copy_(value.to_local() if isinstance(value, DTensor) else value)
+            target.copy_(local_of(value))
     for entry in (
         [] if whole is None else [whole[param] for param in {param: None for param, _, _ in _entries(optimizer)}]
     ):

@@ -19,6 +19,7 @@ from zeroadam.layout.packing import dense_strides
 from zeroadam.layout.shard import shard, shard_dim
 from zeroadam.options import Options, Precision, block_numel
 from zeroadam.state.agreement import named
+from zeroadam.transport.alone import OneProcess
 from zeroadam.update.master import MASTERS
 from zeroadam.update.rounding import CODES, SCALES, dequantize, quantize
 
@@ -32,7 +33,7 @@ class ParamState(NamedTuple):
     group: int  # the index of its param group
     entry: dict[str, Any]  # `optimizer.state[p]`, or what is to become it
     local: dict[str, Tensor]  # see `Storage.local_state`
-    replaced: dict[str, DTensor]  # likewise; to be put into `entry`
+    replaced: dict[str, Tensor]  # likewise; to be put into `entry`
 
 
 class Storage:
@@ -65,7 +66,7 @@ class Storage:
                     states.append(ParamState(index, entry, *self.local_state(param, name, group, entry)))
         return states
 
-    def new_tensor(self, param: Tensor, name: str) -> DTensor:
+    def new_tensor(self, param: Tensor, name: str) -> Tensor:
         """State before the first step, of which this rank holds its piece: zeros; for a master, the parameter."""
         whole = layout(param, name, self.options.precision(param))
         local = torch.zeros_like(shard(whole, self.world_size, self.rank), device=param.device)
@@ -73,8 +74,13 @@ class Storage:
             local.copy_(shard(param.detach(), self.world_size, self.rank))
         return self.as_dtensor(local, whole, param)
 
-    def as_dtensor(self, local: Tensor, whole: Tensor, param: Tensor) -> DTensor:
-        """A piece [c, ...] as a part of a tensor with the shape and strides of `whole` [d0, ...]."""
+    def as_dtensor(self, local: Tensor, whole: Tensor, param: Tensor) -> Tensor:
+        """A piece [c, ...] as a part of a tensor with the shape and strides of `whole` [d0, ...].
+
+        The piece itself where there is no process group, as it is the whole.
+        """
+        if isinstance(self.process_group, OneProcess):
+            return local
         return DTensor.from_local(
             local,
             self.mesh(param),
@@ -86,7 +92,7 @@ class Storage:
 
     def local_state(
         self, param: Tensor, name: str, group: Mapping[str, Any], state: Mapping[str, Any]
-    ) -> tuple[dict[str, Tensor], dict[str, DTensor]]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(the tensors with which Adam works here, what has to be replaced in `state` for that), and changes nothing.
 
         The first are `step` [] and [c, ...] each. Replaced are whole tensors [d0, ...] that the user has put there, by
@@ -95,7 +101,7 @@ class Storage:
         Raises:
             RuntimeError: something is missing, or does not fit the parameter; alike on all ranks.
         """
-        precision, local, replaced = self.options.precision(param), dict[str, Tensor](), dict[str, DTensor]()
+        precision, local, replaced = self.options.precision(param), dict[str, Tensor](), dict[str, Tensor]()
         expected = state_names(group["amsgrad"], precision)
         for key in ("step", *expected):
             value = state.get(key)
@@ -135,12 +141,13 @@ class Storage:
             )
         return local, replaced
 
-    def _fitting(self, value: Tensor, whole: Tensor, param: Tensor) -> tuple[Tensor, DTensor | None]:
+    def _fitting(self, value: Tensor, whole: Tensor, param: Tensor) -> tuple[Tensor, Tensor | None]:
         """This rank's piece of a tensor of state, dense and in the stride order of the parameter; and what has to be
         stored for that, if not the tensor itself."""
         own = shard(whole, self.world_size, self.rank)
         piece = value.to_local() if isinstance(value, DTensor) else shard(value, self.world_size, self.rank)
-        if isinstance(value, DTensor) and piece.shape == own.shape and same_strides(piece, own):
+        stored = isinstance(value, DTensor) or isinstance(self.process_group, OneProcess)
+        if stored and piece.shape == own.shape and same_strides(piece, own):
             return piece, None
         if piece.shape != own.shape:
             raise RuntimeError(

@@ -68,9 +68,9 @@ def choose(process_group: dist.ProcessGroup, device_type: str, calls: Calls) -> 
     Raises:
         ValueError: the process group has no backend for them.
     """
-    backend = backend_of(process_group, device_type)
     if process_group.size() == 1:
         return Alone()
+    backend = backend_of(process_group, device_type)
     if backend != "gloo" or device_type != "cpu":
         channel = Gloo(process_group, calls) if backends(process_group).get("cpu") == "gloo" else None
         return GlooOnDevice(process_group, channel) if backend == "gloo" else Backend(process_group, channel)

@@ -1,10 +1,22 @@
-"""The transport of a single rank, which has nothing to send."""
+"""The transport of a single rank, which has nothing to send, and its group."""
 
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from zeroadam.layout.rows import RowRules, Rows
+
+
+class OneProcess:
+    """In place of a process group where there is none, in a script that runs without torchrun."""
+
+    group_name = "one process"
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
 
 
 class Alone:
