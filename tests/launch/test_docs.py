@@ -51,3 +51,13 @@ def test_torchs_own_tools(compiled: str, tmp_path: Path) -> None:
     output_of(plain, tmp_path)
     expected = torch.load(tmp_path / "average.pt")
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_tests_that_the_readme_names_are_there() -> None:
+    """`tests/file.py::name`, or `::name` in the file that was named last."""
+    readme, file = (ROOT / "README.md").read_text(), ""
+    named = re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", readme)
+    assert sum(bool(test) for _, test in named) > 5
+    for path, test in named:
+        file = path or file
+        assert not test or f"def {test}(" in (ROOT / file).read_text(), (file, test)
