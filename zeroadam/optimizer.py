@@ -247,7 +247,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             digest ^= digest_of(training)
         self._transports.calls.digest = digest
         try:
-            self._transports.meet()
+            with self._meter.phase("all_gather"):  # the wait for a slower rank, which would come with its rows
+                self._transports.meet()
         except DisagreementError:  # on all ranks alike, so they can say what it is
             having = {id(plan.params[position]) for position in plan.with_gradients}
             often = {"how often check_agreement() compares": f"every {self._check_every} steps"}
