@@ -231,21 +231,20 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             if self._difference is not None:
                 raise RuntimeError(self._difference)
         self._transports.begin(call)
-        plan = self._plan
+        plan, training = self._plan, Manifest()
         try:
             plan.follow()
+            if self.world_size == 1:
+                return
+            if call == STEP and self._check_every and self._transports.calls.numbers[STEP] % self._check_every == 0:
+                training = describe_training(self)
+            digest = digest_step(self, plan.layout, plan.with_gradients)
+            self._transports.calls.digest = digest ^ digest_of(training)
         except BaseException:
             self._transports.refuse()
             raise
-        if self.world_size == 1:
-            return
-        digest, training = digest_step(self, plan.layout, plan.with_gradients), Manifest()
-        if call == STEP and self._check_every and self._transports.calls.numbers[STEP] % self._check_every == 0:
-            training = describe_training(self)
-            if not self._transports.can_meet:
-                check_ranks_agree(self.process_group, lambda: training)
-            digest ^= digest_of(training)
-        self._transports.calls.digest = digest
+        if training and not self._transports.can_meet:
+            check_ranks_agree(self.process_group, lambda: training)
         try:
             with self._meter.phase("all_gather"):  # the wait for a slower rank, which would come with its rows
                 self._transports.meet()

@@ -1,6 +1,7 @@
 """The arguments of ZeroAdam that torch's Adam does not have, checked once, and what they mean for a parameter."""
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zeroadam.layout.shard import shard_dim
+from zeroadam.transport.calls import CHECK_CALLS
 from zeroadam.update.rounding import bitsandbytes
 
 BLOCK_NUMELS = (256, 128, 64)  # of 8-bit moments: the first that divides a row
@@ -55,7 +57,10 @@ class Options:
 
     def describe(self) -> dict[str, str]:
         """What must be the same on every rank."""
-        return {name: str(value) for name, value in asdict(self).items()}
+        return {
+            **{name: str(value) for name, value in asdict(self).items()},
+            CHECK_CALLS: os.environ.get(CHECK_CALLS, "1"),
+        }
 
     def precision(self, param: Tensor) -> Precision:
         """The dtypes for the state of a parameter [d0, ...]."""

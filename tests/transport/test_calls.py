@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import zeroadam.transport
 from zeroadam import GradScaler, ZeroAdamW, reduce_scatter_hook
 from zeroadam.update.adam import Update
 
@@ -119,6 +120,25 @@ def test_ranks_out_of_step_raise_on_all(run_ranks: Any, world_size: int, transpo
         every = " ".join(message for message, _ in of_ranks)
 
         assert re.search(MESSAGES[case[0]], every), f"{case}: {every}"
+
+
+def run_beside(cases: list[tuple[Any, ...]]) -> list[tuple[str, float]]:
+    zeroadam.transport.backends = lambda _: {"cpu": "gloo"}  # as a group has that is made without naming a backend
+    return run_all(cases)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_headers_beside_the_rows_of_another_backend(run_ranks: Any, world_size: int) -> None:
+    """Ranks that fail half-way are left to the timeout of the backend, which they do not end."""
+    rng = random.Random(world_size)
+    kinds = [(fault, True) for fault in WITH_HOOK if fault not in ("step interrupted", "error caught")]
+    kinds += [(fault, False) for fault in ANYWHERE[:-1]]
+    cases = [(fault, hook, rng.randrange(world_size), 1, 25) for fault, hook in kinds]
+    answers = run_ranks(run_beside, world_size, cases, transport="backend")
+    for case, of_ranks in zip(cases, zip(*answers, strict=True), strict=True):
+        assert all(message for message, _ in of_ranks), f"{case}: silent"
+        assert all(seconds < 10 for _, seconds in of_ranks), case
+        assert re.search(MESSAGES[case[0]], " ".join(message for message, _ in of_ranks)), (case, of_ranks)
 
 
 def interrupted_alone() -> None:

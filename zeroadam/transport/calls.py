@@ -17,6 +17,8 @@ Header = tuple[int, int, int, int]  # kind of call, its number, digest, how many
 
 NOTHING, STEP, BACKWARD, LOOK, REFUSED, FAILED = range(6)
 NAMES = {NOTHING: "nothing yet", STEP: "step()", BACKWARD: "backward()", LOOK: "clip_grad_norm_() or the like"}
+# 0 leaves out what ranks on other devices than the CPU tell each other through gloo, beside their rows.
+CHECK_CALLS = "ZEROADAM_CHECK_CALLS"
 # A rank that refuses this many calls in a row waits for the headers of the others.
 MAX_REFUSALS = 1000
 
