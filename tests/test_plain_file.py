@@ -3,8 +3,9 @@
 import os
 import resource
 import signal
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,8 @@ def saved(folder: str) -> None:
     schedule = torch.optim.lr_scheduler.ConstantLR(ours)
     file = f"{folder}/last.pt"
     zeroadam.save({"optimizers": [ours, (other, Pair(ours, 3))], "schedule": schedule.state_dict(), "mine": mine}, file)
-    loaded = torch.load(file, weights_only=True)
+    with torch.serialization.safe_globals([Pair]):
+        loaded = torch.load(file, weights_only=True)
     first, (second, (again, three)) = loaded["optimizers"]
     assert equal(first["state"], plain.state_dict()["state"])
     assert equal(again["state"], first["state"])
@@ -58,6 +60,12 @@ def not_saved(folder: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     with pytest.raises((AttributeError, TypeError) if rank == 1 else RuntimeError):
         zeroadam.save({"optimizer": ours, "a lock": (lambda: 0) if rank == 1 else None}, file, to=1)
+    with pytest.raises(UserWarning if rank == 1 else RuntimeError, match="left out of what is pickled"):
+        zeroadam.save({"run": SimpleNamespace(optimizer=ours)}, file, to=1)
+    other = ZeroAdamW([nn.Parameter(torch.ones(3))])
+    names = ("one", "other") if rank == 1 else ("other", "one")
+    with pytest.raises(RuntimeError, match="disagree on where optimizers are in what is to be saved"):
+        zeroadam.save(dict(zip(names, (ours, other), strict=True)), file, to=1)
     with pytest.raises(error, match="No such file"):
         zeroadam.save({"optimizer": ours}, file.parent / "nowhere" / "last.pt", to=1)
     with pytest.raises(RuntimeError, match="this rank has a part"):
@@ -69,6 +77,26 @@ def not_saved(folder: str) -> None:
 
 def test_what_was_there_stays_if_it_cannot_be_saved(run_ranks: Any, tmp_path: Path) -> None:
     run_ranks(not_saved, 2, str(tmp_path))
+
+
+def replaced(folder: str) -> None:
+    file, link = Path(folder) / "real.pt", Path(folder) / "last.pt"
+    optimizer = ZeroAdamW([nn.Parameter(torch.ones(3))])
+    zeroadam.save({"optimizer": optimizer}, file)
+    if dist.get_rank() == 0:
+        file.chmod(0o600)
+        link.symlink_to(file)
+    zeroadam.save(OrderedDict(optimizer=optimizer, step=2), link)
+    assert link.is_symlink()
+    assert file.stat().st_mode & 0o777 == 0o600
+    loaded = torch.load(file)
+    assert type(loaded) is OrderedDict
+    assert loaded["step"] == 2
+    assert loaded["optimizer"]["state"][0]["step"] == 0
+
+
+def test_links_modes_and_types_stay(run_ranks: Any, tmp_path: Path) -> None:
+    run_ranks(replaced, 2, str(tmp_path))
 
 
 def after_consolidation(folder: str) -> None:

@@ -39,6 +39,7 @@ from zeroadam.state.agreement import (
     joined_group,
 )
 from zeroadam.state.state_dict import (
+    LEFT_OUT,
     PART,
     LeftOut,
     Loaded,
@@ -50,7 +51,9 @@ from zeroadam.state.state_dict import (
     describe_state,
     empty_state,
     gather_state,
+    has_numbers,
     prepare_loading,
+    without_the_untrained,
 )
 from zeroadam.state.storage import Storage, choose_kernel
 from zeroadam.step_plan import StepPlan
@@ -152,6 +155,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         Joinable.__init__(self)
         self._prepare(Transports(self.process_group))
         self._plan.follow()
+        self._plan.accept()
         self._plan.release_gradients()
         self._compare_values()
         if model is not None and hook is not None:
@@ -206,9 +210,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         # Phase 0: follow what the user has done to param_groups, state and gradients; refuse what cannot be followed.
         Join.notify_join_context(self)
         self._gathers.finish()  # of parameters that the forward has not used
-        self._consolidated = None
         self._begin(STEP)
-        self._stepped = True
+        self._consolidated, self._stepped = None, True
         with self._ends_together():
             # Phase 1, bucket by bucket: update this rank's pieces, launch their all-gather.
             for bucket, updates in zip(self._plan.buckets, self._plan.updates, strict=True):
@@ -220,12 +223,17 @@ class ZeroAdam(torch.optim.Adam, Joinable):
                 self._gathers.start(bucket)
             # Phase 2: wait for the parameters that the next forward does not wait for.
             self._gathers.end_step()
+        if self.world_size > 1:
+            self._plan.counts.count(self._plan.with_gradients)
         self._plan.release_gradients()
         self._meter.end_step(self._plan.imbalance)
         return loss
 
-    def _begin(self, call: int) -> None:
-        """Bring the plan up to date, and meet the other ranks in a call; raises as `step`, before any change."""
+    def _begin(self, call: int, what: str = "step()") -> None:
+        """Bring the plan up to date, and meet the other ranks in a call; raises as `step`, before any change.
+
+        what: the call with those of its arguments that must be the same on all ranks.
+        """
         if self._difference is not None:
             self._compare_values()
             if self._difference is not None:
@@ -234,12 +242,11 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         plan, training = self._plan, Manifest()
         try:
             plan.follow()
-            if self.world_size == 1:
-                return
             if call == STEP and self._check_every and self._transports.calls.numbers[STEP] % self._check_every == 0:
                 training = describe_training(self)
-            digest = digest_step(self, plan.layout, plan.with_gradients)
-            self._transports.calls.digest = digest ^ digest_of(training)
+            if self.world_size > 1:
+                digest = digest_step(self, plan.layout, plan.with_gradients, plan.counts.packed())
+                self._transports.calls.digest = digest ^ digest_of((training, what))
         except BaseException:
             self._transports.refuse()
             raise
@@ -250,9 +257,10 @@ class ZeroAdam(torch.optim.Adam, Joinable):
                 self._transports.meet()
         except DisagreementError:  # on all ranks alike, so they can say what it is
             having = {id(plan.params[position]) for position in plan.with_gradients}
-            often = {"how often check_agreement() compares": f"every {self._check_every} steps"}
-            check_ranks_agree(self.process_group, lambda: describe_step(self, plan.numbers, having) | often | training)
+            often = {"the call": what, "how often check_agreement() compares": f"every {self._check_every} steps"}
+            check_ranks_agree(self.process_group, lambda: often | describe_step(self, plan.numbers, having) | training)
             raise
+        plan.accept()
 
     @contextlib.contextmanager
     def _ends_together(self) -> Iterator[None]:
@@ -326,7 +334,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         return clip_grad_norm_([self], max_norm, norm_type, error_if_nonfinite)
 
     def clip_grad_value_(self, clip_value: float) -> None:
-        """`torch.nn.utils.clip_grad_value_` over the mean gradients, with or without the hook. No communication."""
+        """`torch.nn.utils.clip_grad_value_` over the mean gradients, with or without the hook. A collective."""
         clip_grad_value_([self], clip_value)
 
     def grads_are_finite(self) -> bool:
@@ -360,15 +368,16 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
         def add() -> Manifest:
             self._add_valid(param_group)
+            self._plan.follow()
+            self._plan.release_gradients()
             return describe_groups(self.param_groups, before, self.defaults)
 
         try:
             check_ranks_agree(self.process_group, add)
-            self._plan.follow()
-            self._plan.release_gradients()
         except Exception:
             del self.param_groups[before:]
             raise
+        self._plan.accept()
         self._compare_values()
         self._consolidated = None
 
@@ -399,7 +408,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         sharded = self.world_size > 1 and (sharded or called_by_checkpoint())
         own, whole = self.state, None if sharded else self._consolidated
         if self.world_size > 1 and whole is None and not sharded:
-            if self._stepped:
+            if self._stepped or has_numbers(own):
                 raise RuntimeError(PART)
             whole = {}
         part = sharded or isinstance(whole, ShardedState)
@@ -410,6 +419,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
         if whole is not None and not part:  # but for what was deleted since
             self.state = defaultdict(dict, {key: value for key, value in whole.items() if key in own})
+        self.state = defaultdict(dict, without_the_untrained(self.state, self.param_groups))
         hook = self.register_state_dict_post_hook(mark, prepend=True)
         try:
             return super().state_dict()
@@ -489,7 +499,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         """A pickled model has a hook, and the hook has its optimizer, which is left out: see `LeftOut`."""
-        warnings.warn("a sharded optimizer is left out of what is pickled: use zeroadam.save()", stacklevel=2)
+        warnings.warn(LEFT_OUT, stacklevel=2)
         return LeftOut, ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ZeroAdam":

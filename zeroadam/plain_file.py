@@ -1,6 +1,9 @@
 """`save`: one plain file of everything, with the whole state of optimizers that are sharded."""
 
+import copy
 import os
+import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ import torch
 
 from zeroadam.optimizer import ZeroAdam
 from zeroadam.state.agreement import Manifest, check_ranks_agree, joined_group
+from zeroadam.state.state_dict import LEFT_OUT
 
 
 def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:
@@ -19,22 +23,27 @@ def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:
     ranks. It is written beside the one of this name, which it replaces when it is complete.
 
     Args:
-        obj: what `torch.save` takes, with optimizers in it, inside of any dicts, lists and tuples. Only that of rank
-            `to` is written, but for the state of the others.
+        obj: what `torch.save` takes, with optimizers in it, inside of any dicts, lists and tuples, in the same places
+            on all ranks. Only that of rank `to` is written, but for the state of the others.
         to: the rank in the process group, which needs memory for the whole state on the CPU.
 
     Raises:
         what `torch.save` raises: on rank `to`, and a RuntimeError that names it on the others. The old file is there.
+        UserWarning, likewise: an optimizer is inside of something else, where it would be left out.
         see `ZeroAdam.consolidate_state_dict`.
     """
-    optimizers = {id(optimizer): optimizer for optimizer in _optimizers_in(obj)}
+    found = list(_optimizers_in(obj))
+    optimizers = {id(optimizer): optimizer for _, optimizer in found}
     group = joined_group(next((optimizer.process_group for optimizer in optimizers.values()), None))
+    check_ranks_agree(group, lambda: {"where optimizers are in what is to be saved": str([path for path, _ in found])})
     for optimizer in optimizers.values():
         optimizer.consolidate_state_dict(to)
 
     def write() -> Manifest:
         if group.rank() == to:
-            write_beside(_with_state_dicts(obj), Path(file))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", re.escape(LEFT_OUT))  # of one inside of something else
+                write_beside(_with_state_dicts(obj), Path(file))
         return {}
 
     try:
@@ -46,32 +55,38 @@ def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:
 
 def write_beside(obj: Any, file: Path) -> None:
     """`torch.save` to another file in the same folder, which is then renamed."""
+    file = Path(os.path.realpath(file))  # a link stays one
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with beside.open("wb") as stream:
             torch.save(obj, stream)
             stream.flush()
             os.fsync(stream.fileno())
+        if file.exists():
+            beside.chmod(file.stat().st_mode)
         beside.replace(file)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _optimizers_in(obj: Any) -> Iterator[ZeroAdam]:
+def _optimizers_in(obj: Any, path: str = "") -> Iterator[tuple[str, ZeroAdam]]:
+    """Each with its place."""
     if isinstance(obj, ZeroAdam):
-        yield obj
+        yield path, obj
     elif isinstance(obj, (dict, list, tuple)):
-        for value in obj.values() if isinstance(obj, dict) else obj:
-            yield from _optimizers_in(value)
+        for key, value in obj.items() if isinstance(obj, dict) else enumerate(obj):
+            yield from _optimizers_in(value, f"{path}[{key!r}]")
 
 
 def _with_state_dicts(obj: Any) -> Any:
-    """The same with plain dicts, lists and tuples where optimizers were inside."""
+    """The same with state dicts in place of optimizers."""
     if isinstance(obj, ZeroAdam):
         return obj.state_dict()
     if not any(True for _ in _optimizers_in(obj)):
         return obj
     if isinstance(obj, dict):
-        return {key: _with_state_dicts(value) for key, value in obj.items()}
+        copied = copy.copy(obj)
+        copied.update((key, _with_state_dicts(value)) for key, value in obj.items())
+        return copied
     values = [_with_state_dicts(value) for value in obj]
-    return tuple(values) if isinstance(obj, tuple) else values
+    return type(obj)(*values) if hasattr(obj, "_fields") else type(obj)(values)

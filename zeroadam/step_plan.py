@@ -23,7 +23,8 @@ from zeroadam.gather.param_bucket import ParamBucket, make_buckets, use_staging
 from zeroadam.layout.places import dtype_of, identical, places_of
 from zeroadam.layout.shard import shard_index
 from zeroadam.reduce.ownership import Owner, Reduced, changes, check_reduced, mark_left, reduced_of
-from zeroadam.state.agreement import check_gradients, check_memory, check_supported, named
+from zeroadam.state.agreement import check_gradients, check_memory, check_supported
+from zeroadam.state.step_counts import StepCounts
 from zeroadam.state.storage import ParamState, Storage
 from zeroadam.transport import Transports
 from zeroadam.transport.calls import digest_of
@@ -68,7 +69,8 @@ class StepPlan:
         # All parameters, trained or not, each with a number that is the same on all ranks; and a digest of the layout.
         self.numbers: list[tuple[Tensor, int]] = []
         self.layout = 0
-        self._next_number = itertools.count()
+        self._agreed: list[tuple[Tensor, int]] = []  # the same, as of the last call in which the ranks met
+        self.counts = StepCounts()
         self.imbalance = 1.0  # elements that the fullest rank updates, over the mean
         self._lengths: list[int] = []
         self._frozen: list[Tensor] = []
@@ -99,9 +101,8 @@ class StepPlan:
         elif not self._states_are_current(groups):
             self._take_states(self.storage.find_states(self.optimizer, self.params))
         if settings != self._settings:
-            of = self.storage.options
-            kinds = zip([state.group for state in self._states], self.params, strict=True)
-            try_groups(groups, {(index, of.precision(param).compute, param.device) for index, param in kinds})
+            precision, pairs = self.storage.options.precision, zip(self._states, self.params, strict=True)
+            try_groups(groups, {(state.group, precision(param).compute, param.device) for state, param in pairs})
             self._settings = settings
             self._forget_updates()
         grads = list(map(_grad_of, self.params))
@@ -109,13 +110,17 @@ class StepPlan:
             self._take_gradients(grads, groups)
         for param, grad, reduced in self.reduced:
             check_reduced(param, grad, reduced, self.storage.process_group, values=True)
-        if self._state_seen is None:
-            self._store_states(groups)
 
     def accept_changes(self) -> None:
         """Take the gradients as they are now for what the hook wrote; for changes that all ranks make alike."""
         for _, grad, reduced in self.reduced:
             reduced.remember(grad)
+
+    def accept(self) -> None:
+        """Keep new states and the order of parameters, to which all ranks have agreed now."""
+        self._agreed = self.numbers
+        if self._state_seen is None:
+            self._store_states()
 
     # Layer 1: buckets
 
@@ -141,8 +146,7 @@ class StepPlan:
         params = [p for p in every if id(p) in before or p.requires_grad or p.grad is not None]
         states = self.storage.find_states(self.optimizer, params)
         trained = set(map(id, params))
-        names = chain.from_iterable(named(group, index) for index, group in enumerate(groups))
-        check_memory([(name, param) for name, param in names if id(param) in trained], self.world_size)
+        check_memory(groups, trained, self.world_size)
         transport = {p.device: self.transports.of(p.device.type) for p in params}
         cap_bytes = self.storage.options.bucket_cap_mb * 2**20
         buckets = make_buckets(params, self.rank, self.world_size, cap_bytes, lambda p: transport[p.device].rules)
@@ -150,9 +154,10 @@ class StepPlan:
         self.params, self.buckets = params, buckets
         self._lengths = [len(group["params"]) for group in groups]
         there = set(map(id, every))
-        left = [param for param, _ in self.numbers if id(param) not in there]
-        known = {id(param): number for param, number in self.numbers}
-        self.numbers = [(param, known[id(param)] if id(param) in known else next(self._next_number)) for param in every]
+        mark_left([param for param, _ in self.numbers if id(param) not in there], cast(Owner, self.optimizer))
+        known = {id(param): number for param, number in self._agreed}
+        new = itertools.count(1 + max(known.values(), default=-1))
+        self.numbers = [(param, known[id(param)] if id(param) in known else next(new)) for param in every]
         kinds = [(n, tuple(p.shape), p.stride(), p.dtype) for p, n in self.numbers if id(p) in trained]
         self.layout = digest_of((kinds, self._lengths))
         self._frozen = [param for param in every if id(param) not in trained]
@@ -162,7 +167,6 @@ class StepPlan:
         self._cuts = [shard_index(param.shape, self.world_size, self.rank) for param in params]
         self._settings = []  # as there may be parameters of other dtypes
         self._take_states(states)
-        mark_left(left, cast(Owner, self.optimizer))
         self.forget_others()
 
     # Layer 2: states
@@ -184,11 +188,12 @@ class StepPlan:
 
     def _take_states(self, states: list[ParamState]) -> None:
         self._states, self._state_seen = states, None
+        self.counts = StepCounts([state.local["step"] for state in states])
         self._forget_updates()
 
-    def _store_states(self, groups: Groups) -> None:
+    def _store_states(self) -> None:
         """Put new states and pieces into `optimizer.state`, now that nothing has been refused."""
-        state = self.optimizer.state
+        state, groups = self.optimizer.state, self.optimizer.param_groups
         for param, (_, entry, _, replaced) in zip(self.params, self._states, strict=True):
             entry.update(replaced)
             if not state.get(param):
@@ -233,8 +238,7 @@ class StepPlan:
         # Gradients in DDP's buckets are remembered: all that the hook has summed; without it views that are found in
         # the same places twice, and are not elsewhere then. Others the user may want to free.
         places = places_of(some)
-        if not all_reduced:
-            self._grads_stay &= before is None or before[1] == places
+        self._grads_stay &= all_reduced or before is None or before[1] == places
         views = self._grads_stay and places == self._grad_places and all(grad._base is not None for grad in some)
         if all_reduced or views:
             self._grads_seen = (list(grads), places, changes())

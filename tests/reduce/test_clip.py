@@ -92,3 +92,29 @@ def nonfinite(hook: bool) -> None:
 @pytest.mark.parametrize("hook", [False, True])
 def test_a_norm_that_is_not_finite_raises_on_every_rank_if_asked(run_ranks, hook: bool) -> None:
     run_ranks(nonfinite, 3, hook)
+
+
+def other_arguments() -> None:
+    """A look at the gradients that is not the same on all ranks raises on all, and changes nothing."""
+    _, optimizer, net = models(False)
+    for param in net.parameters():
+        param.grad = torch.ones_like(param)
+    before = [param.grad.clone() for param in net.parameters()]
+    odd = dist.get_rank() == 1
+    calls = [
+        lambda: optimizer.clip_grad_norm_(2.0 if odd else 1.0),
+        lambda: optimizer.clip_grad_norm_(1.0, norm_type=1.0 if odd else 2.0),
+        lambda: optimizer.clip_grad_value_(0.1 if odd else 0.2),
+        lambda: optimizer.grads_are_finite() if odd else optimizer.clip_grad_norm_(1.0),
+        lambda: optimizer.clip_grad_value_(0.1) if odd else optimizer.clip_grad_norm_(1.0),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"disagree on the call: clip_grad_.* on rank 0; .*\) on rank 1"):
+            call()
+    assert all(map(torch.equal, before, (param.grad for param in net.parameters())))
+    optimizer.step()
+
+
+@pytest.mark.parametrize("transport", ["shared memory", "sockets"])
+def test_calls_that_differ_between_ranks_are_refused(run_ranks, transport: str) -> None:
+    run_ranks(other_arguments, 2, transport=transport)

@@ -303,3 +303,22 @@ def other_settings(what: str) -> None:
 def test_steps_and_learning_rates_in_tensors_are_compared(run_ranks: Any, what: str, transport: str) -> None:
     """Which no header has, as their values may not be known on the host."""
     run_ranks(other_settings, 2, what, transport=transport)
+
+
+def added_beside_a_bad_group() -> None:
+    optimizer = ZeroAdamW(model().parameters())
+    if dist.get_rank() == ODD_RANK:
+        optimizer.param_groups[0]["eps"] = "x"
+    for _ in range(2):
+        with pytest.raises((ValueError, RuntimeError), match="eps of param group 0 is 'x', not a number"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+        assert len(optimizer.param_groups) == 1
+    optimizer.param_groups[0]["eps"] = 1e-8
+    optimizer.add_param_group({"params": [param := nn.Parameter(torch.ones(3))]})
+    param.grad = torch.ones(3)
+    optimizer.step()
+
+
+def test_a_group_cannot_be_added_while_one_rank_has_a_bad_one(run_ranks: Any) -> None:
+    """All ranks raise at once and stay as they were."""
+    run_ranks(added_beside_a_bad_group, 2)

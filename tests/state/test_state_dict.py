@@ -391,6 +391,31 @@ def test_a_parameter_may_be_removed_after_consolidation(run_ranks) -> None:
     run_ranks(removed_after_consolidation, 2)
 
 
+def before_and_after_refusals() -> None:
+    params = [nn.Parameter(torch.ones(4, 2)) for _ in range(3)]
+    optimizer = ZeroAdamW([{"params": params[:2]}, {"params": params[2:]}])
+    optimizer.param_groups.pop()  # torch has no state of what was never trained
+    assert optimizer.state_dict()["state"] == {}
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert list(optimizer.state_dict(sharded=True)["state"]) == [0, 1]
+    optimizer.consolidate_state_dict()
+    optimizer.param_groups[0]["eps"] = "x"
+    with pytest.raises(ValueError, match="not a number"):
+        optimizer.step()
+    optimizer.param_groups[0]["eps"] = 1e-8
+    assert list(optimizer.state_dict()["state"]) == [0, 1]  # a refused step has changed nothing
+    other = ZeroAdamW([nn.Parameter(torch.ones(4, 2))])
+    next(iter(other.state.values()))["exp_avg"].fill_(1)
+    with pytest.raises(RuntimeError, match="this rank has a part"):
+        other.state_dict()  # it is not that of a new optimizer any more
+
+
+def test_state_dicts_before_the_first_step_and_after_a_refused_one(run_ranks) -> None:
+    run_ranks(before_and_after_refusals, 2)
+
+
 def other_results_of_hooks() -> None:
     optimizer = ZeroAdamW([nn.Parameter(torch.ones(4, 2))])
     optimizer.register_state_dict_post_hook(lambda _, state_dict: {"format": 2, "optimizer": state_dict})

@@ -204,18 +204,33 @@ def spoil(what: str, net: nn.Sequential, optimizer: ZeroAdamW) -> Any:
         return lambda: rows.mul_(0.5)
     if what == "sparse gradient":
         weight.grad = torch.ones_like(weight).to_sparse()
+    elif what == "other step":
+        state["step"] += 3
+        return lambda: state["step"].sub_(3)
+    elif what == "state dropped":
+        del optimizer.state[weight]
+        return lambda: optimizer.state.update({weight: state})
+    elif what == "parameter dropped":
+        last = group["params"].pop()
+        return lambda: group["params"].append(last)
     elif what == "state":
         moment = state.pop("exp_avg")
         return lambda: state.update(exp_avg=moment)
     elif what == "betas":
-        group["betas"] = (1.0, 0.9)
+        group["betas"] = (0.9,)
         return lambda: group.update(betas=(0.9, 0.999))
     else:
+        if what == "other lr in a tensor":
+            group["lr"].mul_(2)
+            return lambda: group["lr"].div_(2)
         group["lr"] = {"complex lr": torch.tensor(1j), "meta lr": torch.tensor(0.1, device="meta"), "other lr": 0.1}[
             what
         ]
         return lambda: group.update(lr=lr)
     return lambda: setattr(weight, "grad", grad)
+
+
+DISAGREEMENTS = ("other lr", "other lr in a tensor", "other step", "state dropped", "parameter dropped")
 
 
 def bits(net: nn.Module, optimizer: ZeroAdamW) -> list[torch.Tensor]:
@@ -231,8 +246,8 @@ def refuse_on_one(hook: bool, whats: list[str]) -> None:
     nets = [nn.Sequential(nn.Linear(40, 60), nn.Linear(60, 40), nn.Linear(40, 1)) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     models = [DistributedDataParallel(net, gradient_as_bucket_view=True) for net in nets]
-    adamw = torch.optim.AdamW(nets[0].parameters(), fused=False)
-    optimizer = ZeroAdamW(nets[1].parameters(), fused=False, bucket_cap_mb=0.001)
+    adamw = torch.optim.AdamW(nets[0].parameters(), fused=False, lr=torch.tensor(1e-3), foreach=False)
+    optimizer = ZeroAdamW(nets[1].parameters(), fused=False, lr=torch.tensor(1e-3), foreach=False, bucket_cap_mb=0.001)
     if hook:
         models[1].register_comm_hook(optimizer, reduce_scatter_hook)
     calls: dict[str, Any] = {
@@ -246,8 +261,6 @@ def refuse_on_one(hook: bool, whats: list[str]) -> None:
             model(torch.full((3, 40), iteration + dist.get_rank() + 1.0)).square().sum().backward()
         bad = iteration % dist.get_world_size()
         for name, call in calls.items():
-            if what == "other lr" and name == "scaler":
-                continue  # which does not look at it
             scaler = GradScaler("cpu", init_scale=1.0)
             undo = spoil(what, nets[1], optimizer) if dist.get_rank() == bad else None
             before = bits(nets[1], optimizer)
@@ -255,7 +268,7 @@ def refuse_on_one(hook: bool, whats: list[str]) -> None:
             with pytest.raises((RuntimeError, ValueError)) as caught:
                 call()
             assert time.monotonic() - start < 10, (what, name)
-            if undo is None and what != "other lr":
+            if undo is None and what not in DISAGREEMENTS:
                 assert re.search(f"rank {bad} of the process group refused", str(caught.value)), (what, name)
             assert all(map(torch.equal, before, bits(nets[1], optimizer))), (what, name)
             if undo is not None:
@@ -271,7 +284,7 @@ def refuse_on_one(hook: bool, whats: list[str]) -> None:
 @pytest.mark.parametrize("transport", ["shared memory", "sockets"])
 @pytest.mark.parametrize("hook", [False, True])
 def test_a_refusal_on_one_rank_changes_nothing_on_any(run_ranks: Any, hook: bool, transport: str) -> None:
-    whats = ["sparse gradient", "state", "betas", "complex lr", "meta lr", "other lr"]
+    whats = ["sparse gradient", "state", "betas", "complex lr", "meta lr", *DISAGREEMENTS]
     run_ranks(refuse_on_one, 2, hook, ["gradient edited", *whats] if hook else whats, transport=transport)
 
 

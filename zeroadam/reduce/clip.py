@@ -36,7 +36,7 @@ def clip_grad_norm_(
         raise ValueError(f"norm_type must be positive or inf, not {norm_type}" if owners else "there are no optimizers")
     for owner in owners:
         refuse_in_join(owner, "clip_grad_norm_()")
-        owner._begin(LOOK)
+        owner._begin(LOOK, f"clip_grad_norm_({max_norm}, {norm_type}, {error_if_nonfinite})")
     totals = [_total_norm(owner, norm_type) for owner in owners]
     together = torch.stack([total.to(totals[0].device) for total in totals])
     total = totals[0] if len(totals) == 1 else torch.linalg.vector_norm(together, norm_type)
@@ -58,13 +58,13 @@ def clip_grad_norm_(
 
 @torch.no_grad()
 def clip_grad_value_(optimizers: Iterable[Owner], clip_value: float) -> None:
-    """`torch.nn.utils.clip_grad_value_` over the mean gradients of some ZeroAdams. No communication.
+    """`torch.nn.utils.clip_grad_value_` over the mean gradients of some ZeroAdams. A collective, as ranks meet.
 
     Raises:
         RuntimeError: see `ZeroAdam.step`.
     """
     for owner in optimizers:
-        owner._plan.follow()
+        owner._begin(LOOK, f"clip_grad_value_({clip_value})")
         for _, grad, piece, divisor in owner._plan.gradients:  # a sum over W ranks is at most W times the value
             (piece if divisor > 1 else grad).clamp_(-clip_value * divisor, clip_value * divisor)
         owner._plan.accept_changes()
@@ -88,7 +88,7 @@ def _total_norm(owner: Owner, norm_type: float) -> Tensor:
 def all_finite(owner: Owner) -> bool:
     """See `ZeroAdam.grads_are_finite`."""
     refuse_in_join(owner, "grads_are_finite()")
-    owner._begin(LOOK)
+    owner._begin(LOOK, "grads_are_finite()")
     finite = _norm_of(owner._plan.gradients, math.inf, owner.process_group.rank(), owner.join_device).isfinite().float()
     reduce_number(finite, dist.ReduceOp.MIN, owner.process_group)
     owner._plan.release_gradients()

@@ -25,7 +25,7 @@ class GradScaler(torch.amp.GradScaler):
             super().unscale_(optimizer)
             return
         refuse_in_join(optimizer, "zeroadam.GradScaler")
-        optimizer._begin(LOOK)  # raises if something else has changed the gradients
+        optimizer._begin(LOOK, "unscale_()")  # raises if something else has changed the gradients
         super().unscale_(optimizer)
         found: dict[torch.device, torch.Tensor] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
         for found_inf in found.values():

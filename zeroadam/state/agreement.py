@@ -2,7 +2,7 @@
 
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 from zlib import crc32
 
@@ -58,8 +58,13 @@ def check_supported(group: dict[str, Any], index: int) -> None:
             raise ValueError(f"{name} is complex, which is not supported: hold torch.view_as_real() of it instead")
 
 
-def check_memory(params: Sequence[tuple[str, Tensor]], world_size: int) -> None:
-    """Raise ValueError for named parameters whose elements are not all of their own, of which updates would be lost."""
+def check_memory(groups: Sequence[dict[str, Any]], trained: Collection[int], world_size: int) -> None:
+    """Raise ValueError for parameters whose elements are not all of their own, of which updates would be lost.
+
+    trained: the ids of those that count.
+    """
+    every = [pair for index, group in enumerate(groups) for pair in named(group, index)]
+    params = [(name, param) for name, param in every if id(param) in trained]
     for name, param in params:
         if any(step == 0 and size > 1 for size, step in zip(param.shape, param.stride(), strict=True)):
             raise ValueError(f"{name} is expanded, one number for many elements: hold what was expanded, or a clone()")
@@ -156,14 +161,14 @@ def describe_hyperparameters(group: dict[str, Any], index: int, defaults: dict[s
     return {entry: str(float(value) if isinstance(value, Tensor) else value) for entry, value in values.items()}
 
 
-def digest_step(optimizer: Optimizer, layout: int, with_gradients: Sequence[int]) -> int:
+def digest_step(optimizer: Optimizer, layout: int, with_gradients: Sequence[int], steps: bytes) -> int:
     """31 bits of what must be the same on all ranks in a step: hyper-parameters, and which parameters have gradients.
 
-    layout: a digest of the parameters. with_gradients: positions among all that are trained.
+    layout: a digest of the parameters. with_gradients: positions among all that are trained. steps: their counts.
     """
     groups, defaults = optimizer.param_groups, optimizer.defaults
-    values = [_without_tensors(group.get(key)) for group in groups for key in defaults]
-    return digest_of((values, layout, crc32(array("I", with_gradients))))
+    values = [_on_the_host(group.get(key)) for group in groups for key in defaults]
+    return digest_of((values, layout, crc32(array("I", with_gradients)), crc32(steps)))
 
 
 def describe_step(optimizer: Optimizer, numbers: Sequence[tuple[Tensor, int]], having: set[int]) -> Manifest:
@@ -177,6 +182,7 @@ def describe_step(optimizer: Optimizer, numbers: Sequence[tuple[Tensor, int]], h
         for name, param in named(group, index):
             manifest[f"which one {name} is"] = f"number {number_of[id(param)]} that the optimizer got"
             manifest[f"the gradient of {name}"] = "one" if id(param) in having else "none"
+            manifest[f"the step of {name}"] = str(float(optimizer.state.get(param, {}).get("step", 0)))
     return manifest
 
 
@@ -192,11 +198,13 @@ def describe_training(optimizer: Optimizer) -> Manifest:
     return manifest
 
 
-def _without_tensors(value: Any) -> Any:
-    """A hyper-parameter, if it is no tensor, of which the value may not be known on the host yet."""
+def _on_the_host(value: Any) -> Any:
+    """A hyper-parameter, unless it is on a device that may not have computed it yet."""
     if isinstance(value, (tuple, list)):
-        return [_without_tensors(item) for item in value]
-    return None if isinstance(value, Tensor) else value
+        return [_on_the_host(item) for item in value]
+    if isinstance(value, Tensor):
+        return float(value) if value.is_cpu else None
+    return value
 
 
 def named(group: dict[str, Any], index: int) -> list[tuple[str, Tensor]]:

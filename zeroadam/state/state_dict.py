@@ -6,6 +6,7 @@ to the end before any of it is copied, into the memory that the state has alread
 
 import copy
 import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -49,6 +50,9 @@ class ShardedState(dict[Any, Any]):
         return ShardedState((key, copy.deepcopy(value, memo)) for key, value in self.items())
 
 
+LEFT_OUT = "a sharded optimizer is left out of what is pickled: use zeroadam.save(), with it in a dict, list or tuple"
+
+
 class LeftOut:
     """What a pickled object has in place of a sharded optimizer, such as a DDP model in its communication hook."""
 
@@ -64,6 +68,23 @@ def called_by_checkpoint() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def has_numbers(state: Mapping[Any, Any]) -> bool:
+    """Whether somebody has put something into a state before the first step."""
+    entries = [entry for entry in state.values() if isinstance(entry, dict)]
+    values = [value for entry in entries for key, value in entry.items() if key not in MASTERS]
+    return any(bool(local_of(value).any()) for value in values if isinstance(value, Tensor))
+
+
+def without_the_untrained(state: Mapping[Any, Any], groups: Sequence[dict[str, Any]]) -> dict[Any, Any]:
+    """Without what torch's Adam has no state of: parameters that left their groups before they were trained."""
+    held = {id(param) for group in groups for param in group["params"]}
+    return {
+        key: entry
+        for key, entry in state.items()
+        if not isinstance(key, Tensor) or id(key) in held or not entry or float(entry.get("step", 1)) > 0
+    }
 
 
 def as_part(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +286,9 @@ def describe_state(optimizer: Optimizer) -> Manifest:
     manifest = {}
     for index, group in enumerate(optimizer.param_groups):
         for name, param in named(group, index):
-            manifest[f"the state of {name}"] = str(sorted(optimizer.state.get(param, {})))
+            state = optimizer.state.get(param, {})
+            step = f" of step {float(state['step']):.0f}" if "step" in state else ""
+            manifest[f"the state of {name}"] = f"{sorted(state)}{step}"
     return manifest
 
 
