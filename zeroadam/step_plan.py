@@ -79,8 +79,8 @@ class StepPlan:
         self._states: list[ParamState] = []
         self._state_seen: Any = None
         self._grads_seen: Any = None
-        self._grad_places: Any = None  # of the last gradients, and whether they stay there
-        self._grads_stay = True
+        self._grad_places: Any = None  # of the last gradients
+        self._grad_moves = 0  # how often they were elsewhere after they had been remembered
         self.with_gradients: list[int] = []  # the positions of parameters that have some
         # The updates of the last few kinds of gradients: which parameters had some, of which dtypes, strides, divisors.
         self._made: dict[Any, tuple[list[list[tuple[int, Update]]], list[tuple[Update, list[int]]]]] = {}
@@ -236,11 +236,11 @@ class StepPlan:
         self._release_updates(kinds)
         self.gradients = list(zip(params, some, pieces, divisors, strict=True))
         # Gradients in DDP's buckets are remembered: all that the hook has summed; without it views that are found in
-        # the same places twice, and are not elsewhere then. Others the user may want to free.
+        # the same places twice, unless they keep moving, as DDP's do once. Others the user may want to free.
         places = places_of(some)
-        self._grads_stay &= all_reduced or before is None or before[1] == places
-        views = self._grads_stay and places == self._grad_places and all(grad._base is not None for grad in some)
-        if all_reduced or views:
+        self._grad_moves += not (all_reduced or before is None or before[1] == places)
+        views = self._grad_moves <= 2 and places == self._grad_places
+        if all_reduced or (views and all(grad._base is not None for grad in some)):
             self._grads_seen = (list(grads), places, changes())
         self._grad_places = places
 
