@@ -410,7 +410,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         if self.world_size > 1 and whole is None and not sharded:
             if self._stepped or has_numbers(own):
                 raise RuntimeError(PART)
-            whole = {}
+            whole = {key: entry for key, entry in own.items() if not isinstance(key, Tensor)}
         part = sharded or isinstance(whole, ShardedState)
 
         # A hook, and the first one: hooks of the user may make something else of the dict.

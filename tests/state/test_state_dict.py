@@ -139,7 +139,10 @@ def not_for_saving() -> None:
     """Alone and without communication: rank 1 does none of it."""
     param = nn.Parameter(torch.ones(4, 4))
     optimizer, plain = ZeroAdamW([param]), torch.optim.AdamW([param], fused=True)
+    optimizer.state["mine"] = plain.state["mine"] = 7
     assert optimizer.state_dict() == plain.state_dict()  # before the first step, as there
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state["mine"] == 7
     param.grad = torch.ones(4, 4)
     optimizer.step()
     if dist.get_rank() == 1:
