@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor
 
 from zeroadam.state.agreement import Manifest, check_ranks_agree, joined_group
+from zeroadam.state.state_dict import local_of
 from zeroadam.update.master import MASTERS
 
 
@@ -160,7 +160,7 @@ class _Strict(dcp.DefaultLoadPlanner):
                 continue
             if saved.properties.dtype != value.dtype:
                 raise ValueError(f"{fqn} is {saved.properties.dtype} in the checkpoint, here {value.dtype}")
-            numel = (value.to_local() if isinstance(value, DTensor) else value).numel()
+            numel = local_of(value).numel()
             if covered[fqn] != numel:
                 raise ValueError(f"the checkpoint has {covered[fqn]} elements of the {numel} of {fqn} that are needed")
         return plan

@@ -242,9 +242,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         plan, training = self._plan, Manifest()
         try:
             plan.follow()
-            if call == STEP and self._check_every and self._transports.calls.numbers[STEP] % self._check_every == 0:
-                training = describe_training(self)
             if self.world_size > 1:
+                if call == STEP and self._check_every and self._transports.calls.numbers[STEP] % self._check_every == 0:
+                    training = describe_training(self)
                 digest = digest_step(self, plan.layout, plan.with_gradients, plan.counts.packed())
                 self._transports.calls.digest = digest ^ digest_of((training, what))
         except BaseException:

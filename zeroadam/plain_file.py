@@ -36,8 +36,6 @@ def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:
     optimizers = {id(optimizer): optimizer for _, optimizer in found}
     group = joined_group(next((optimizer.process_group for optimizer in optimizers.values()), None))
     check_ranks_agree(group, lambda: {"where optimizers are in what is to be saved": str([path for path, _ in found])})
-    for optimizer in optimizers.values():
-        optimizer.consolidate_state_dict(to)
 
     def write() -> Manifest:
         if group.rank() == to:
@@ -47,6 +45,8 @@ def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:
         return {}
 
     try:
+        for optimizer in optimizers.values():
+            optimizer.consolidate_state_dict(to)
         check_ranks_agree(group, write)
     finally:
         for optimizer in optimizers.values():

@@ -66,10 +66,11 @@ class StepPlan:
         self.gradients: list[tuple[Tensor, Tensor, Tensor, int]] = []
         # (parameter, gradient, note) of one parameter of each DDP bucket that reduce_scatter_hook has reduced.
         self.reduced: list[tuple[Tensor, Tensor, Reduced]] = []
-        # All parameters, trained or not, each with a number that is the same on all ranks; and a digest of the layout.
-        self.numbers: list[tuple[Tensor, int]] = []
+        # All parameters, trained or not; by their ids a number that is the same on all ranks; a digest of the layout.
+        self.every: list[Tensor] = []
+        self.numbers: dict[int, int] = {}
         self.layout = 0
-        self._agreed: list[tuple[Tensor, int]] = []  # the same, as of the last call in which the ranks met
+        self._agreed = self.every, self.numbers  # as of the last call in which the ranks met
         self.counts = StepCounts()
         self.imbalance = 1.0  # elements that the fullest rank updates, over the mean
         self._lengths: list[int] = []
@@ -118,7 +119,7 @@ class StepPlan:
 
     def accept(self) -> None:
         """Keep new states and the order of parameters, to which all ranks have agreed now."""
-        self._agreed = self.numbers
+        self._agreed = self.every, self.numbers
         if self._state_seen is None:
             self._store_states()
 
@@ -127,7 +128,7 @@ class StepPlan:
     def _buckets_are_current(self, groups: Groups) -> bool:
         every = list(chain.from_iterable(group["params"] for group in groups))
         return (
-            identical(every, [param for param, _ in self.numbers])
+            identical(every, self.every)
             and [len(group["params"]) for group in groups] == self._lengths
             and not any(param.requires_grad or param.grad is not None for param in self._frozen)
             and places_of(self.params) == self._places
@@ -151,14 +152,13 @@ class StepPlan:
         cap_bytes = self.storage.options.bucket_cap_mb * 2**20
         buckets = make_buckets(params, self.rank, self.world_size, cap_bytes, lambda p: transport[p.device].rules)
         use_staging(buckets, lambda p: transport[p.device])
-        self.params, self.buckets = params, buckets
         self._lengths = [len(group["params"]) for group in groups]
-        there = set(map(id, every))
-        mark_left([param for param, _ in self.numbers if id(param) not in there], cast(Owner, self.optimizer))
-        known = {id(param): number for param, number in self._agreed}
+        _, known = self._agreed
         new = itertools.count(1 + max(known.values(), default=-1))
-        self.numbers = [(param, known[id(param)] if id(param) in known else next(new)) for param in every]
-        kinds = [(n, tuple(p.shape), p.stride(), p.dtype) for p, n in self.numbers if id(p) in trained]
+        self.numbers = {id(p): known[id(p)] if id(p) in known else next(new) for p in every}
+        mark_left([param for param in self.every if id(param) not in self.numbers], cast(Owner, self.optimizer))
+        self.params, self.buckets, self.every = params, buckets, every
+        kinds = [(self.numbers[id(p)], tuple(p.shape), p.stride(), p.dtype) for p in params]
         self.layout = digest_of((kinds, self._lengths))
         self._frozen = [param for param in every if id(param) not in trained]
         self._places = places_of(params)
@@ -237,12 +237,12 @@ class StepPlan:
         self.gradients = list(zip(params, some, pieces, divisors, strict=True))
         # Gradients in DDP's buckets are remembered: all that the hook has summed; without it views that are found in
         # the same places twice, unless they keep moving, as DDP's do once. Others the user may want to free.
-        places = places_of(some)
-        self._grad_moves += not (all_reduced or before is None or before[1] == places)
-        views = self._grad_moves <= 2 and places == self._grad_places
-        if all_reduced or (views and all(grad._base is not None for grad in some)):
-            self._grads_seen = (list(grads), places, changes())
-        self._grad_places = places
+        if all_reduced or all(grad._base is not None for grad in some):
+            places = places_of(some)
+            self._grad_moves += not (all_reduced or before is None or before[1] == places)
+            if all_reduced or (self._grad_moves <= 2 and places == self._grad_places):
+                self._grads_seen = (list(grads), places, changes())
+            self._grad_places = places
 
     def release_gradients(self) -> None:
         """Let go of gradients that the user may want to free before the next step."""

@@ -58,9 +58,6 @@ class AwaitedParameters(dict[str, Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (self.copy(),)
 
-    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        return self.__reduce__()
-
 
 def watch(model: nn.Module, gathers: Gathers) -> None:
     """Let all reads of parameters through the modules of a model wait for their gathers."""

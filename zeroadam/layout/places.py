@@ -22,7 +22,7 @@ def overlapping(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
     for start, tensor in spans:
         open_spans = [(at, other) for at, other in open_spans if at + _reach(other) * other.itemsize > start]
         for at, other in open_spans:
-            if tensor.device == other.device and _meet(other, tensor, start - at):
+            if tensor.device == other.device and _have_common_elements(other, tensor, start - at):
                 return other, tensor
         open_spans.append((start, tensor))
     return None
@@ -33,7 +33,7 @@ def _reach(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _meet(first: Tensor, second: Tensor, distance: int) -> bool:
+def _have_common_elements(first: Tensor, second: Tensor, distance: int) -> bool:
     """Whether two tensors whose spans of memory overlap, `distance` bytes apart, have elements in common."""
     if first.dtype != second.dtype or distance % first.itemsize:
         return True

@@ -208,7 +208,7 @@ def owners_of(
     for owner in [*(reference() for reference in _owners), first]:
         if owner is not None and process_group in (None, owner.process_group):
             found |= {id(param): owner for group in owner.param_groups for param in group["params"]}
-            before |= {id(param): owner for param, _ in owner._plan.numbers}
+            before |= {id(param): owner for param in owner._plan.every}
     for param in params:
         last = before.get(id(param)) or (_left[param]() if param in _left else None)
         if last is not None and process_group in (None, last.process_group):

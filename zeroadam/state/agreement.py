@@ -2,7 +2,7 @@
 
 import os
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 from zlib import crc32
 
@@ -171,16 +171,15 @@ def digest_step(optimizer: Optimizer, layout: int, with_gradients: Sequence[int]
     return digest_of((values, layout, crc32(array("I", with_gradients)), crc32(steps)))
 
 
-def describe_step(optimizer: Optimizer, numbers: Sequence[tuple[Tensor, int]], having: set[int]) -> Manifest:
+def describe_step(optimizer: Optimizer, numbers: Mapping[int, int], having: set[int]) -> Manifest:
     """The same by name, and whatever else the ranks may disagree on in a step.
 
-    numbers: of all parameters, in which order the optimizer got them. having: ids of those with gradients.
+    numbers: by the id of each parameter, in which order the optimizer got them. having: ids of those with gradients.
     """
     manifest = describe_groups(optimizer.param_groups, 0, optimizer.defaults)
-    number_of = {id(param): number for param, number in numbers}
     for index, group in enumerate(optimizer.param_groups):
         for name, param in named(group, index):
-            manifest[f"which one {name} is"] = f"number {number_of[id(param)]} that the optimizer got"
+            manifest[f"which one {name} is"] = f"number {numbers[id(param)]} that the optimizer got"
             manifest[f"the gradient of {name}"] = "one" if id(param) in having else "none"
             manifest[f"the step of {name}"] = str(float(optimizer.state.get(param, {}).get("step", 0)))
     return manifest

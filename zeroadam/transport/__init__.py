@@ -100,8 +100,7 @@ class Transports:
     def begin(self, kind: int) -> None:
         """Begin a call. Raises if none can be made any more, and as `meet` where headers do not come with rows."""
         self.calls.begin(kind)
-        with_rows = any(cast(object, transport.channel) is transport for transport in self._chosen.values())
-        if kind == BACKWARD and not with_rows:
+        if kind == BACKWARD and all(cast(object, t.channel) is not t for t in self._chosen.values()):
             self.meet()
 
     def meet(self) -> None:
