@@ -241,11 +241,12 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._transports.begin(call)
         plan, training = self._plan, Manifest()
         try:
-            plan.follow()
+            plan.follow(for_step=call == STEP)
             if self.world_size > 1:
                 if call == STEP and self._check_every and self._transports.calls.numbers[STEP] % self._check_every == 0:
                     training = describe_training(self)
-                digest = digest_step(self, plan.layout, plan.with_gradients, plan.counts.packed())
+                steps = plan.counts.packed() if call == STEP else b""
+                digest = digest_step(self, plan.layout, plan.with_gradients, steps)
                 self._transports.calls.digest = digest ^ digest_of((training, what))
         except BaseException:
             self._transports.refuse()

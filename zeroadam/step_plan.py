@@ -22,6 +22,7 @@ from torch import Tensor
 from zeroadam.gather.param_bucket import ParamBucket, make_buckets, use_staging
 from zeroadam.layout.places import dtype_of, identical, places_of
 from zeroadam.layout.shard import shard_index
+from zeroadam.reduce.gradients import Gradients
 from zeroadam.reduce.ownership import Owner, Reduced, changes, check_reduced, mark_left, reduced_of
 from zeroadam.state.agreement import check_gradients, check_memory, check_supported
 from zeroadam.state.step_counts import StepCounts
@@ -62,8 +63,7 @@ class StepPlan:
         self.buckets: list[ParamBucket] = []
         # For each bucket the updates of its parameters that have gradients, each with the index of its param group.
         self.updates: list[list[tuple[int, Update]]] = []
-        # (parameter, gradient, this rank's piece of it, its divisor) of those parameters.
-        self.gradients: list[tuple[Tensor, Tensor, Tensor, int]] = []
+        self.gradients = Gradients()
         # (parameter, gradient, note) of one parameter of each DDP bucket that reduce_scatter_hook has reduced.
         self.reduced: list[tuple[Tensor, Tensor, Reduced]] = []
         # All parameters, trained or not; by their ids a number that is the same on all ranks; a digest of the layout.
@@ -89,8 +89,8 @@ class StepPlan:
         self._sources: list[tuple[Update, list[int]]] = []
         self._scratch: dict[torch.device, Scratch] = {}
 
-    def follow(self) -> None:
-        """Make the plan that of the optimizer as it is now.
+    def follow(self, for_step: bool = True) -> None:
+        """Make the plan that of the optimizer as it is now; its states only for a step, as nothing else needs them.
 
         Raises:
             RuntimeError or ValueError: it cannot be followed. Neither parameters nor states have changed.
@@ -99,7 +99,7 @@ class StepPlan:
         settings = [check_group(group, index) for index, group in enumerate(groups)]
         if not self._buckets_are_current(groups):
             self._lay_out_buckets(groups)
-        elif not self._states_are_current(groups):
+        elif for_step and not self._states_are_current(groups):
             self._take_states(self.storage.find_states(self.optimizer, self.params))
         if settings != self._settings:
             precision, pairs = self.storage.options.precision, zip(self._states, self.params, strict=True)
@@ -234,7 +234,7 @@ class StepPlan:
                 del self._made[next(iter(self._made))]
             self._made[kinds] = (self.updates, self._sources)
         self._release_updates(kinds)
-        self.gradients = list(zip(params, some, pieces, divisors, strict=True))
+        self.gradients = Gradients(params, some, pieces, divisors, self.rank)
         # Gradients in DDP's buckets are remembered: all that the hook has summed; without it views that are found in
         # the same places twice, unless they keep moving, as DDP's do once. Others the user may want to free.
         if all_reduced or all(grad._base is not None for grad in some):
@@ -247,7 +247,7 @@ class StepPlan:
     def release_gradients(self) -> None:
         """Let go of gradients that the user may want to free before the next step."""
         if self._grads_seen is None:
-            self.gradients, self.reduced = [], []
+            self.gradients, self.reduced = Gradients(), []
             self._release_updates(None)
 
     def _release_updates(self, but: Any) -> None:

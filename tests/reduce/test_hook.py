@@ -329,9 +329,11 @@ def uneven_refused(case: str) -> None:
             model(data_of(0, 0, 0), sometimes=True).backward()
             with pytest.raises(RuntimeError, match=r"clip_grad_norm_\(\) asks all ranks, but in Join"):
                 optimizer.clip_grad_norm_(1.0)
+            with pytest.raises(RuntimeError, match=r"clip_grad_value_\(\) asks all ranks, but in Join"):
+                optimizer.clip_grad_value_(1.0)
             scaler = GradScaler("cpu")
             scaler.scale(torch.zeros(()))
-            with pytest.raises(RuntimeError, match="GradScaler asks all ranks, but in Join"):
+            with pytest.raises(RuntimeError, match=r"GradScaler.unscale_\(\) asks all ranks, but in Join"):
                 scaler.step(optimizer)
             optimizer.step()
         model(data_of(0, 0, 0), sometimes=True).backward()

@@ -1,18 +1,17 @@
 """Clipping by the norm of all gradients, of which each rank looks at its own pieces only."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zeroadam.reduce.gradients import Gradients
 from zeroadam.reduce.join import refuse_in_join
 from zeroadam.reduce.ownership import Owner
 from zeroadam.transport.calls import LOOK
-
-Gradient = tuple[Tensor, Tensor, Tensor, int]  # of one parameter; see `StepPlan.gradients`
 
 
 @torch.no_grad()
@@ -35,11 +34,11 @@ def clip_grad_norm_(
     if not owners or not norm_type > 0:
         raise ValueError(f"norm_type must be positive or inf, not {norm_type}" if owners else "there are no optimizers")
     for owner in owners:
-        refuse_in_join(owner, "clip_grad_norm_()")
-        owner._begin(LOOK, f"clip_grad_norm_({max_norm}, {norm_type}, {error_if_nonfinite})")
+        begin(owner, "clip_grad_norm_", max_norm, norm_type, error_if_nonfinite)
     totals = [_total_norm(owner, norm_type) for owner in owners]
-    together = torch.stack([total.to(totals[0].device) for total in totals])
-    total = totals[0] if len(totals) == 1 else torch.linalg.vector_norm(together, norm_type)
+    total = totals[0]
+    if len(totals) > 1:
+        total = torch.linalg.vector_norm(torch.stack([some.to(total.device) for some in totals]), norm_type)
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients is non-finite, so it cannot be clipped. To disable "
@@ -47,12 +46,9 @@ def clip_grad_norm_(
         )
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for owner in owners:
-        # What the hook has summed lives in this rank's pieces only.
-        scaled = [piece if divisor > 1 else grad for _, grad, piece, divisor in owner._plan.gradients]
-        for some in _alike(scaled):
-            torch._foreach_mul_(some, factor.to(some[0]))
-        owner._plan.accept_changes()
-        owner._plan.release_gradients()
+        for alike in owner._plan.gradients.alike:
+            torch._foreach_mul_(alike.known, factor.to(alike.known[0]))
+        end(owner)
     return total.float()
 
 
@@ -64,17 +60,30 @@ def clip_grad_value_(optimizers: Iterable[Owner], clip_value: float) -> None:
         RuntimeError: see `ZeroAdam.step`.
     """
     for owner in optimizers:
-        owner._begin(LOOK, f"clip_grad_value_({clip_value})")
-        for _, grad, piece, divisor in owner._plan.gradients:  # a sum over W ranks is at most W times the value
-            (piece if divisor > 1 else grad).clamp_(-clip_value * divisor, clip_value * divisor)
-        owner._plan.accept_changes()
-        owner._plan.release_gradients()
+        begin(owner, "clip_grad_value_", clip_value)
+        for alike in owner._plan.gradients.alike:
+            most = clip_value * alike.divisor  # for the sum over the ranks
+            torch._foreach_clamp_min_(alike.known, -most)
+            torch._foreach_clamp_max_(alike.known, most)
+        end(owner)
+
+
+def begin(owner: Owner, call: str, *arguments: float) -> None:
+    """Meet the other ranks of an optimizer in a call between backward and step. Raises as `ZeroAdam.step`."""
+    refuse_in_join(owner, f"{call}()")
+    owner._begin(LOOK, f"{call}({', '.join(map(str, arguments))})")
+
+
+def end(owner: Owner) -> None:
+    """Go on with the gradients as this call has left them on all ranks."""
+    owner._plan.accept_changes()
+    owner._plan.release_gradients()
 
 
 def _total_norm(owner: Owner, norm_type: float) -> Tensor:
     """The norm of all mean gradients of an optimizer: [] float64, the same on every rank."""
     group = owner.process_group
-    total = _norm_of(owner._plan.gradients, norm_type, group.rank(), owner.join_device)
+    total = _norm_of(owner._plan.gradients, norm_type, owner.join_device)
     if math.isinf(norm_type):
         largest = torch.stack([total, total.isnan().to(total)])  # the maximum of a nan and a number may be either
         reduce_number(largest, dist.ReduceOp.MAX, group)
@@ -87,9 +96,8 @@ def _total_norm(owner: Owner, norm_type: float) -> Tensor:
 @torch.no_grad()
 def all_finite(owner: Owner) -> bool:
     """See `ZeroAdam.grads_are_finite`."""
-    refuse_in_join(owner, "grads_are_finite()")
-    owner._begin(LOOK, "grads_are_finite()")
-    finite = _norm_of(owner._plan.gradients, math.inf, owner.process_group.rank(), owner.join_device).isfinite().float()
+    begin(owner, "grads_are_finite")
+    finite = _norm_of(owner._plan.gradients, math.inf, owner.join_device).isfinite().float()
     reduce_number(finite, dist.ReduceOp.MIN, owner.process_group)
     owner._plan.release_gradients()
     return bool(finite)
@@ -100,25 +108,15 @@ def reduce_number(number: Tensor, operation: Any, group: dist.ProcessGroup) -> N
         dist.all_reduce(number, operation, group=group)
 
 
-def _norm_of(gradients: Sequence[Gradient], norm_type: float, rank: int, device: torch.device) -> Tensor:
+def _norm_of(gradients: Gradients, norm_type: float, device: torch.device) -> Tensor:
     """The norm of this rank's pieces of the mean gradients: [] float64."""
-    of_divisor: dict[int, list[Tensor]] = {}
-    for param, _, piece, divisor in gradients:
-        if piece.numel() > 0 and (param.dim() > 0 or rank == 0):  # every rank has a 0-d one, one counts it
-            of_divisor.setdefault(divisor, []).append(piece)
-    norms = [torch.zeros(1, dtype=torch.float64, device=device)]
-    for divisor, pieces in of_divisor.items():
-        for some in _alike(pieces):
-            dtype = torch.promote_types(some[0].dtype, torch.float32)
-            of_pieces = torch.stack(torch._foreach_norm(some, norm_type, dtype=dtype))
-            norms.append(of_pieces.to(norms[0]) / divisor)
-    total: Tensor = torch.linalg.vector_norm(torch.cat(norms), norm_type)
+    norms = []
+    for divisor, _, pieces in gradients.alike:
+        if pieces:
+            dtype = torch.promote_types(pieces[0].dtype, torch.float32)
+            of_pieces = torch.stack(torch._foreach_norm(pieces, norm_type, dtype=dtype))
+            norms.append(torch.linalg.vector_norm(of_pieces, norm_type, dtype=torch.float64).to(device) / divisor)
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    total: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
     return total
-
-
-def _alike(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The tensors by dtype and device."""
-    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    return list(groups.values())

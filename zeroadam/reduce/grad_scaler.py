@@ -5,10 +5,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zeroadam.reduce.clip import reduce_number
-from zeroadam.reduce.join import refuse_in_join
+from zeroadam.reduce.clip import begin, end, reduce_number
 from zeroadam.reduce.ownership import Owner
-from zeroadam.transport.calls import LOOK
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -24,14 +22,12 @@ class GradScaler(torch.amp.GradScaler):
         if not self.is_enabled() or not isinstance(optimizer, Owner):
             super().unscale_(optimizer)
             return
-        refuse_in_join(optimizer, "zeroadam.GradScaler")
-        optimizer._begin(LOOK, "unscale_()")  # raises if something else has changed the gradients
+        begin(optimizer, "GradScaler.unscale_")  # raises if something else has changed the gradients
         super().unscale_(optimizer)
         found: dict[torch.device, torch.Tensor] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
         for found_inf in found.values():
             reduce_number(found_inf, dist.ReduceOp.MAX, optimizer.process_group)
-        optimizer._plan.accept_changes()
-        optimizer._plan.release_gradients()
+        end(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """`optimizer.step()` unless a gradient of any rank is infinite or nan, then nothing on any rank."""

@@ -25,9 +25,15 @@ class StepCounts:
         return self._values.numpy().tobytes()
 
     def count(self, indices: Sequence[int]) -> None:
-        """A step has been taken with the states at these indices."""
+        """A step has been taken with the states at these indices, after `packed`."""
+        if not indices:
+            return
+        # Adam changes all of them as often as the first. Where it did not, `packed` finds that and reads them anew.
+        added = self._steps[indices[0]]._version - self._versions[indices[0]]
         if len(indices) == len(self._steps):
             self._values += 1
+            self._versions = [version + added for version in self._versions]
         else:
             self._values[indices] += 1
-        self._versions = list(map(_version_of, self._steps))
+            for index in indices:
+                self._versions[index] += added
