@@ -163,7 +163,7 @@ def bare_adam(numel: int, device: torch.device) -> Callable[[], Any]:
 def bare_transfer(numel: int, device: torch.device) -> Callable[[], Any]:
     """To each rank the gradients of its share, from each its share of the parameters: the fewest bytes there are."""
     group = dist.group.WORLD
-    transport = choose(group, device.type, Calls())
+    transport = choose(group, device, Calls())
     rows = direct_rows(torch.zeros(numel, device=device), group.size(), transport.rules)
     assert rows is not None, "numel must be a multiple of W for this backend"
     scratch = [[torch.empty_like(rows[group.rank()]) for _ in range(transport.senders)]]

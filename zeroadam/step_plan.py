@@ -148,7 +148,7 @@ class StepPlan:
         states = self.storage.find_states(self.optimizer, params)
         trained = set(map(id, params))
         check_memory(groups, trained, self.world_size)
-        transport = {p.device: self.transports.of(p.device.type) for p in params}
+        transport = {p.device: self.transports.of(p.device) for p in params}
         cap_bytes = self.storage.options.bucket_cap_mb * 2**20
         buckets = make_buckets(params, self.rank, self.world_size, cap_bytes, lambda p: transport[p.device].rules)
         use_staging(buckets, lambda p: transport[p.device])

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import zeroadam.transport
 from zeroadam import GradScaler, ZeroAdamW, reduce_scatter_hook
+from zeroadam.transport.headers import Headers
 from zeroadam.update.adam import Update
 
 WITH_HOOK = ("step left out", "step repeated", "step interrupted", "backward repeated", "error caught")
@@ -122,23 +123,63 @@ def test_ranks_out_of_step_raise_on_all(run_ranks: Any, world_size: int, transpo
         assert re.search(MESSAGES[case[0]], every), f"{case}: {every}"
 
 
-def run_beside(cases: list[tuple[Any, ...]]) -> list[tuple[str, float]]:
-    zeroadam.transport.backends = lambda _: {"cpu": "gloo"}  # as a group has that is made without naming a backend
+def run_beside(cases: list[tuple[Any, ...]], beside: bool) -> list[tuple[str, float]]:
+    if beside:
+        zeroadam.transport.backends = lambda _: {"cpu": "gloo"}  # as a group has that is made without naming a backend
     return run_all(cases)
 
 
+@pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_headers_beside_the_rows_of_another_backend(run_ranks: Any, world_size: int) -> None:
-    """Ranks that fail half-way are left to the timeout of the backend, which they do not end."""
+def test_headers_beside_the_rows_of_another_backend(run_ranks: Any, world_size: int, beside: bool) -> None:
+    """Through gloo or the backend's own all-gather. Ranks that fail half-way are left to the timeout of the backend."""
     rng = random.Random(world_size)
     kinds = [(fault, True) for fault in WITH_HOOK if fault not in ("step interrupted", "error caught")]
     kinds += [(fault, False) for fault in ANYWHERE[:-1]]
     cases = [(fault, hook, rng.randrange(world_size), 1, 25) for fault, hook in kinds]
-    answers = run_ranks(run_beside, world_size, cases, transport="backend")
+    answers = run_ranks(run_beside, world_size, cases, beside, transport="backend")
     for case, of_ranks in zip(cases, zip(*answers, strict=True), strict=True):
         assert all(message for message, _ in of_ranks), f"{case}: silent"
         assert all(seconds < 10 for _, seconds in of_ranks), case
         assert re.search(MESSAGES[case[0]], " ".join(message for message, _ in of_ranks)), (case, of_ranks)
+
+
+def noticed_late(fault: str) -> tuple[str, int]:
+    """What this rank raises where headers are looked at in later calls, as on NCCL alone; and the step that raised."""
+
+    class Late(Headers):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "waits": False})
+
+    zeroadam.transport.Headers = Late  # type: ignore[misc]
+    params = [nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    optimizer, mine = ZeroAdamW(params), dist.get_rank() == 1
+    for number in range(1, 8):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        refused = number == 3 and (fault == "refused by all" or (fault == "refused" and mine))
+        if number == 4 and mine and fault == "other lr":
+            optimizer.param_groups[0]["lr"] = 0.1
+        if refused:
+            params[0].grad = torch.ones(4, 4).to_sparse()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            if not refused:
+                with pytest.raises(RuntimeError, match="an earlier call has failed half-way"):
+                    optimizer.step()
+                return str(error), number
+        dist.barrier()
+    return "", 0
+
+
+def test_headers_that_are_looked_at_later(run_ranks: Any) -> None:
+    """Nothing waits for them; what one rank has done otherwise raises on all ranks in the next call or two."""
+    assert run_ranks(noticed_late, 2, "none", transport="backend") == [("", 0)] * 2
+    assert run_ranks(noticed_late, 2, "refused by all", transport="backend") == [("", 0)] * 2
+    for message, step in run_ranks(noticed_late, 2, "other lr", transport="backend"):
+        assert step in (5, 6), step
+        assert re.search(r"disagree in step\(\) 4.*noticed late", message), message
 
 
 def interrupted_alone() -> None:
@@ -230,6 +271,7 @@ def spoil(what: str, net: nn.Sequential, optimizer: ZeroAdamW) -> Any:
     return lambda: setattr(weight, "grad", grad)
 
 
+STATES = ("state", "state dropped", "other step")
 DISAGREEMENTS = ("other lr", "other lr in a tensor", "other step", "state dropped", "parameter dropped")
 
 
@@ -261,6 +303,8 @@ def refuse_on_one(hook: bool, whats: list[str]) -> None:
             model(torch.full((3, 40), iteration + dist.get_rank() + 1.0)).square().sum().backward()
         bad = iteration % dist.get_world_size()
         for name, call in calls.items():
+            if what in STATES and name != "step":
+                continue  # only a step looks at them
             scaler = GradScaler("cpu", init_scale=1.0)
             undo = spoil(what, nets[1], optimizer) if dist.get_rank() == bad else None
             before = bits(nets[1], optimizer)

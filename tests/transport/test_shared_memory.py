@@ -47,7 +47,7 @@ def descriptors() -> list[str]:
 
 
 def transport_of(optimizer: ZeroAdamW) -> Any:
-    return optimizer._transports.of("cpu")
+    return optimizer._transports.of(torch.device("cpu"))
 
 
 def exchange(numels: list[int]) -> None:

@@ -223,7 +223,7 @@ class Reduction:
                 grads[param] = grad.as_strided(param.shape, param.stride()) if is_dense(param) else grad
         runs = split_by_size(list(grads), PART_BYTES)
         buffer = bucket.buffer()
-        transport = self.transports.of(buffer.device.type)
+        transport = self.transports.of(buffer.device)
         # One note for all parts: the gradients of a bucket share their version counter.
         own = [shard(grad, self.process_group.size(), self.process_group.rank()) for grad in grads.values()]
         strides = {id(param): grad.stride() for param, grad in grads.items()}

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from zeroadam.transport.alone import Alone
 from zeroadam.transport.backend import Backend, backend_of, backends
 from zeroadam.transport.calls import BACKWARD, CHECK_CALLS, Calls, DisagreementError, RefusedError
 from zeroadam.transport.gloo import Gloo, GlooOnDevice
+from zeroadam.transport.headers import Headers
 from zeroadam.transport.shared_memory import open_shared_memory
 
 Wait = Callable[[], None]
@@ -53,6 +55,8 @@ class Transport(Protocol):
 class Channel(Protocol):
     """Takes headers from each rank to all others."""
 
+    waits: bool  # whether ranks meet; if not, `meet` raises in a later call, when nothing can go on
+
     def meet(self) -> None:
         """Wait until all ranks are in this call; raises as `zeroadam.transport.calls.Calls.check`."""
 
@@ -63,18 +67,23 @@ class Channel(Protocol):
         """Tell the other ranks that this one has failed half-way in a call. Does not wait, and does not raise."""
 
 
-def choose(process_group: dist.ProcessGroup, device_type: str, calls: Calls) -> Transport:
-    """The transport for tensors on `device_type`. A collective.
+def choose(process_group: dist.ProcessGroup, device: torch.device, calls: Calls) -> Transport:
+    """The transport for tensors on a device. A collective.
 
     Raises:
         ValueError: the process group has no backend for them.
     """
     if process_group.size() == 1:
         return Alone()
-    backend = backend_of(process_group, device_type)
-    if backend != "gloo" or device_type != "cpu":
-        beside = backends(process_group).get("cpu") == "gloo" and os.environ.get(CHECK_CALLS) != "0"
-        channel = Gloo(process_group, calls) if beside else None
+    backend = backend_of(process_group, device.type)
+    if backend != "gloo" or device.type != "cpu":
+        channel: Channel | None = None
+        if os.environ.get(CHECK_CALLS) == "0":
+            pass
+        elif backends(process_group).get("cpu") == "gloo":
+            channel = Gloo(process_group, calls)
+        elif backend != "gloo":
+            channel = Headers(process_group, device, calls, waits=device.type == "cpu")
         return GlooOnDevice(process_group, channel) if backend == "gloo" else Backend(process_group, channel)
     return open_shared_memory(process_group, calls) or Gloo(process_group, calls)
 
@@ -91,11 +100,11 @@ class Transports:
         self.process_group, self.calls = process_group, Calls()
         self._chosen: dict[str, Transport] = {}
 
-    def of(self, device_type: str) -> Transport:
-        """A collective the first time."""
-        if device_type not in self._chosen:
-            self._chosen[device_type] = choose(self.process_group, device_type, self.calls)
-        return self._chosen[device_type]
+    def of(self, device: torch.device) -> Transport:
+        """That for tensors on a device. A collective the first time for each type."""
+        if device.type not in self._chosen:
+            self._chosen[device.type] = choose(self.process_group, device, self.calls)
+        return self._chosen[device.type]
 
     def begin(self, kind: int) -> None:
         """Begin a call. Raises if none can be made any more, and as `meet` where headers do not come with rows."""
@@ -130,8 +139,8 @@ class Transports:
 
     @property
     def can_meet(self) -> bool:
-        """Whether ranks compare headers at all."""
-        return bool(self._channels())
+        """Whether ranks compare headers before a call changes anything."""
+        return any(channel.waits for channel in self._channels())
 
     def _channels(self) -> list[Channel]:
         return [transport.channel for transport in self._chosen.values() if transport.channel is not None]

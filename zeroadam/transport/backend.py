@@ -27,7 +27,7 @@ class Backend:
 
     def prepare_gather(self, exchanges: Sequence[Rows]) -> Callable[[], list[Callable[[], None]]]:
         rank, group = self.process_group.rank(), self.process_group
-        calls = [partial(_all_gather, rows.whole(), rows[rank], group=group, async_op=True) for rows in exchanges]
+        calls = [partial(all_gather, rows.whole(), rows[rank], group=group, async_op=True) for rows in exchanges]
         return lambda: [partial(wait_for, [call()]) for call in calls]
 
     def prepare_reduce(
@@ -71,5 +71,5 @@ def wait_for(works: Sequence[dist.Work | None]) -> None:
 
 
 # torch 2.13 has new names for these and warns of the old ones, which are all that 2.11 has.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

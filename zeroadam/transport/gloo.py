@@ -8,6 +8,7 @@ or on what else is sent.
 import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ class Gloo:
     waits_in_forward = True
     clears_others = False
     same_on_all_ranks = True
+    waits = True
 
     def __init__(self, process_group: dist.ProcessGroup, calls: Calls) -> None:
         self.process_group, self.calls = process_group, calls
@@ -140,7 +142,7 @@ class GlooOnDevice:
     clears_others = False
     same_on_all_ranks = True
 
-    def __init__(self, process_group: dist.ProcessGroup, channel: "Gloo | None" = None) -> None:
+    def __init__(self, process_group: dist.ProcessGroup, channel: Any = None) -> None:
         self.process_group, self.channel = process_group, channel
         self.rank, self.senders = process_group.rank(), process_group.size() - 1
 

@@ -55,6 +55,7 @@ class SharedMemory:
     clears_others = True
     same_on_all_ranks = True
     senders = 0
+    waits = True
 
     def __init__(
         self, rank: int, regions: Sequence[Tensor], pipes: Mapping[int, tuple[int, int]], timeout: float, calls: Calls
