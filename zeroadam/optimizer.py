@@ -429,14 +429,14 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             hook.remove()
 
     @torch.no_grad()
-    def consolidate_state_dict(self, to: int = 0) -> None:
+    def consolidate_state_dict(self, to: int | str = 0) -> None:
         """Gather the whole state in the CPU memory of one rank, whose `state_dict()` a plain Adam loads. A collective.
 
         Until the next step, or until something is loaded or added. The other ranks need memory for a piece of one
         parameter more, rank `to` for the whole state on the CPU.
 
         Args:
-            to: the rank in the process group.
+            to: the rank in the process group, or "all" where every rank saves, or reads, the whole.
 
         Raises:
             ValueError: there is no such rank.
@@ -444,18 +444,20 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         """
         refuse_in_join(self, "consolidate_state_dict()")
         self._gathers.finish()
-        if not 0 <= to < self.world_size:
-            raise ValueError(f"there is no rank {to} in a process group of {self.world_size}")
+        targets = range(self.world_size) if to == "all" else [to]
+        if any(target not in range(self.world_size) for target in targets):
+            raise ValueError(f"there is no rank {to!r} in a process group of {self.world_size}")
         whole: dict[Any, Any] | None = None
 
         def allocate() -> Manifest:
             nonlocal whole
-            whole = empty_state(self, self._storage) if self.rank == to else None
+            whole = empty_state(self, self._storage) if self.rank in targets else None
             return {"the rank to gather the state to": str(to), **describe_state(self)}
 
         self._consolidated = None
         check_ranks_agree(self.process_group, allocate)
-        gather_state(self, self._storage, whole, to)
+        for target in map(int, targets):
+            gather_state(self, self._storage, whole if self.rank == target else None, target)
         self._consolidated = ShardedState() if whole is None else whole
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

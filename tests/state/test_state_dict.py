@@ -47,10 +47,10 @@ def test_its_own_state_dict_and_that_of_torch_can_be_loaded(run_ranks, tmp_path:
     run_ranks(back_and_forth, world_size, str(tmp_path))
 
 
-def consolidated(to: int) -> bytes | None:
+def consolidated(to: int | str) -> bytes | None:
     ours, plain, _, _ = trained()
     ours.consolidate_state_dict(to)
-    if dist.get_rank() != to:
+    if to not in ("all", dist.get_rank()):
         with pytest.raises(RuntimeError, match="the other ranks hold the rest"):
             torch.save(ours.state_dict(), io.BytesIO())
         ours.load_state_dict(ours.state_dict(sharded=True))
@@ -73,6 +73,10 @@ def test_consolidated_it_is_the_state_dict_of_torch(run_ranks, world_size: int) 
     """0-d, empty, transposed and channels_last parameters included; and plain AdamW trains on from it."""
     file = run_ranks(consolidated, world_size, world_size - 1)[-1]
     run_ranks(plain_goes_on, 1, file)
+
+
+def test_all_ranks_have_the_whole(run_ranks) -> None:
+    assert None not in run_ranks(consolidated, 3, "all")
 
 
 def plain_goes_on(file: bytes) -> None:
@@ -106,6 +110,8 @@ def consolidation_ends() -> None:
     assert not is_whole()
     with pytest.raises(ValueError, match="there is no rank 2 in a process group of 2"):
         ours.consolidate_state_dict(2)
+    with pytest.raises(ValueError, match="there is no rank 'every' in a process group of 2"):
+        ours.consolidate_state_dict("every")
     with pytest.raises(RuntimeError, match="disagree on the rank to gather the state to: 0 on rank 0; 1 on rank 1"):
         ours.consolidate_state_dict(rank)
 
