@@ -59,6 +59,7 @@ from zeroadam.state.storage import Storage, choose_kernel
 from zeroadam.step_plan import StepPlan
 from zeroadam.transport import Transports
 from zeroadam.transport.calls import STEP, DisagreementError, digest_of
+from zeroadam.update.hyperparameters import refuse_capture
 
 
 class ZeroAdam(torch.optim.Adam, Joinable):
@@ -196,12 +197,14 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             RuntimeError: parameters that are not alike on all ranks, where they were not when the optimizer was built;
                 a sparse gradient; a parameter cast or moved since its state was made; gradients that something else
                 has changed since `reduce_scatter_hook` summed them; an entry of `state` that is missing or does not
-                fit; ranks that differ in param groups or in which parameters have gradients.
+                fit; ranks that differ in param groups or in which parameters have gradients; the capture of a CUDA
+                graph without `capturable`.
             ValueError: param groups with which torch's Adam would fail or that cannot be sharded.
                 Where ranks meet, see `zeroadam.transport`, all of these are raised on all ranks and change nothing.
             RuntimeError: ranks that are out of step, or one that has failed half-way; then nothing can go on.
         """
         refuse_torch_scaler(self)
+        refuse_capture(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():

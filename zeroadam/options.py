@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zeroadam.layout.shard import shard_dim
 from zeroadam.transport.calls import CHECK_CALLS
+from zeroadam.update.adam import TRITON
 from zeroadam.update.rounding import bitsandbytes
 
 BLOCK_NUMELS = (256, 128, 64)  # of 8-bit moments: the first that divides a row
@@ -60,6 +61,7 @@ class Options:
         return {
             **{name: str(value) for name, value in asdict(self).items()},
             CHECK_CALLS: os.environ.get(CHECK_CALLS, "1"),
+            TRITON: os.environ.get(TRITON, "0"),
         }
 
     def precision(self, param: Tensor) -> Precision:

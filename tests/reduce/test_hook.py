@@ -662,3 +662,50 @@ def test_a_rank_killed_or_stopped_in_backward_ends_the_others(run_ranks, fault: 
     assert time.monotonic() - start < 30
     assert "rank 0" in str(raised.value)
     assert "rank 2" in str(raised.value)
+
+
+class FailsInBackward(torch.autograd.Function):
+    now = False
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        if FailsInBackward.now:
+            raise MemoryError
+        return gradient
+
+
+def half_a_backward() -> None:
+    """DDP itself cannot go on then, but a new one over the same model could."""
+    first, second = nn.Linear(40, 40), nn.Linear(40, 40)
+    first.register_forward_hook(lambda _, __, output: FailsInBackward.apply(output))
+    net = nn.Sequential(first, second)
+    optimizer = ZeroAdamW(net.parameters())
+
+    def wrapped() -> DistributedDataParallel:
+        model = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=0.001)
+        model.register_comm_hook(optimizer, reduce_scatter_hook)
+        return model
+
+    model = wrapped()
+    for _ in range(3):
+        model(torch.ones(2, 40)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    FailsInBackward.now = True
+    with pytest.raises(MemoryError):
+        model(torch.ones(2, 40)).sum().backward()
+    FailsInBackward.now = False
+    optimizer.zero_grad()
+    model = wrapped()
+    with pytest.raises(RuntimeError, match="an earlier backward ended in an error while gradients were being reduced"):
+        model(torch.ones(2, 40)).sum().backward()
+    with pytest.raises(RuntimeError, match="an earlier call has failed half-way"):
+        optimizer.step()
+
+
+def test_reductions_of_a_backward_that_failed_do_not_end_in_the_next(run_ranks) -> None:
+    run_ranks(half_a_backward, 2)

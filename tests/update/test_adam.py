@@ -1,5 +1,8 @@
 """Updating in blocks gives the numbers of updating everything at once."""
 
+import subprocess
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import adam_reference
@@ -12,6 +15,7 @@ import zeroadam.update.adam
 from zeroadam import ZeroAdamW
 from zeroadam.update.adam import Update
 from zeroadam.update.block import Scratch
+from zeroadam.update.hyperparameters import refuse_capture
 from zeroadam.update.piece import Piece
 
 # Far less than a piece, and no divisor of any.
@@ -65,3 +69,28 @@ def test_the_fused_kernel_rounds_alike_in_blocks(dtype: torch.dtype) -> None:
         found.append([(piece.param, piece.state["exp_avg"], piece.state["exp_avg_sq"]) for piece in pieces])
     for mine, theirs in zip(*found, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_our_own_kernel_is_only_taken_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = zeroadam.update.adam._triton_update.__wrapped__
+    monkeypatch.delenv("ZEROADAM_TRITON", raising=False)
+    assert own() is None
+    pytest.importorskip("triton")
+    monkeypatch.setenv("ZEROADAM_TRITON", "1")
+    assert own().__name__ == "zeroadam.update.adam_triton"
+
+
+def test_capture_needs_capturable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch's Adam. No GPU here: something that says that it is on one."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    on_cuda, on_cpu = SimpleNamespace(is_cuda=True), torch.ones(1)
+    refuse_capture([{"params": [on_cpu], "capturable": False}, {"params": [on_cuda], "capturable": True}])
+    with pytest.raises(RuntimeError, match="capturable=True in every param group"):
+        refuse_capture([{"params": [on_cuda], "capturable": True}, {"params": [on_cuda], "capturable": False}])
+
+
+def test_nothing_asks_for_a_gpu_at_import() -> None:
+    """CUDA cannot be used in a process that is forked after that (pytorch#68861)."""
+    asked = "import torch\ndef fail(*_): raise SystemExit('asked for a GPU')\n"
+    asked += "torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = fail\nimport zeroadam"
+    subprocess.run([sys.executable, "-c", asked], check=True)

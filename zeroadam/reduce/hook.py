@@ -100,6 +100,7 @@ class Reduction:
         if backward != -1:
             parts = self.known.get(bucket.buffer().data_ptr()) or self._know(bucket, owner, wire_dtype)
             if backward != self.backward:
+                self._refuse_half_a_backward()
                 self.transports.begin(BACKWARD)
                 self.backward = backward
                 queue_callback(self.finish)
@@ -178,6 +179,15 @@ class Reduction:
         self.finish()
         taken, self.joined = self.joined, []
         return taken
+
+    def _refuse_half_a_backward(self) -> None:
+        """Raise where an earlier backward ended in an error: its reductions would end in the gradients of this one."""
+        if self.under_way:
+            with self._ends_together():
+                raise RuntimeError(
+                    "an earlier backward ended in an error while gradients were being reduced, as after running out of "
+                    "memory: build DistributedDataParallel and the optimizer anew, from a checkpoint"
+                )
 
     def _refuse_sums_in_join(self, params: list[Tensor], owner: Owner) -> None:
         """From the next backward on, raise where it would add to sums, to which ranks without inputs add nothing."""

@@ -3,11 +3,13 @@
 For each block the gradient is cast and divided, Adam runs, and what is stored in fewer bits is rounded, before the next
 block is touched: all in one trip through memory, with the intermediate results in the same few megabytes of cache.
 What a block does is laid out once, as lists of tensors; a step is a few calls over these lists.
-On CUDA a kernel of our own does the same, in place of torch's fused one; without Triton torch's does, after the casts.
+On CUDA torch's fused kernel runs after the casts. With ZEROADAM_TRITON=1 a kernel of our own does all in one trip,
+which no GPU has verified yet.
 """
 
 import functools
-import importlib.util
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,9 @@ from zeroadam.layout.packing import flat
 from zeroadam.update.block import Block, Run, Scratch
 from zeroadam.update.piece import Piece
 from zeroadam.update.rounding import SCALES
+
+TRITON = "ZEROADAM_TRITON"  # 1 asks for our own kernel on CUDA
+logger = logging.getLogger(__name__)
 
 # Elements that are updated at a time on the CPU: their gradient, cast or divided, stays in cache. On other devices,
 # where launching a kernel takes longer than running it on a block, all pieces of a bucket are one block.
@@ -114,9 +119,10 @@ class Update:
 
 @functools.cache
 def _triton_update() -> Any:
-    """The module of the CUDA kernel, if Triton is installed. Imported late, as importing Triton takes long."""
-    if importlib.util.find_spec("triton") is None:
+    """The module of our own CUDA kernel, if it is asked for. Imported late, as importing Triton takes long."""
+    if os.environ.get(TRITON) != "1":
         return None
     from zeroadam.update import adam_triton
 
+    logger.info("%s=1: parameters on CUDA are updated by zeroadam's own Triton kernel", TRITON)
     return adam_triton

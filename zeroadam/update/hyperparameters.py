@@ -90,6 +90,13 @@ def _try_group(group: Mapping[str, Any], dtype: torch.dtype, device: torch.devic
         run_adam(numbers["weight"], numbers["grad"], numbers, steps, group)
 
 
+def refuse_capture(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise RuntimeError in the capture of a CUDA graph unless all groups are capturable, as torch's Adam does."""
+    on_cuda = [group for group in groups if any(param.is_cuda for param in group["params"][:1])]
+    if on_cuda and torch.cuda.is_current_stream_capturing() and not all(group["capturable"] for group in on_cuda):
+        raise RuntimeError("a CUDA graph is being captured, which needs capturable=True in every param group")
+
+
 def check_group(group: Any, index: int) -> tuple[Any, ...]:
     """What Adam must accept of a param group, but for numbers that may be any.
 
