@@ -18,6 +18,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import late_backend
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,8 +31,9 @@ GRACE_SECONDS = 5
 
 
 # How rows travel between the ranks of a test: through shared memory, through gloo's sockets, or by the collectives of a
-# backend of its own. The last is gloo under another name, so that the code path of NCCL runs on CPU tensors.
-TRANSPORTS = ("shared memory", "sockets", "backend")
+# backend of its own. That is gloo under another name, so that the code path of NCCL runs on CPU tensors. The last has
+# its results when they are waited for, and nan before.
+TRANSPORTS = ("shared memory", "sockets", "backend", "late backend")
 
 
 def _rank(
@@ -48,7 +50,9 @@ def _rank(
         if transport == "sockets":
             os.environ["ZEROADAM_SHARED_MEMORY"] = "0"
         backend = "gloo"
-        if transport == "backend":
+        if transport == "late backend":
+            late_backend.install()
+        if transport.endswith("backend"):
             backend = "nccllike"
             dist.Backend.register_backend(
                 backend, lambda store, r, size, timeout: dist.ProcessGroupGloo(store, r, size, timeout), devices=["cpu"]

@@ -389,7 +389,7 @@ def test_random_programs_end_as_with_torch(run_ranks: Any, mode: str, world_size
     run_ranks(run_all, world_size, mode, EXAMPLES, timeout=600 + EXAMPLES)
 
 
-@pytest.mark.parametrize("transport", ["sockets", "backend"])
+@pytest.mark.parametrize("transport", ["sockets", "late backend"])
 @pytest.mark.parametrize("mode", MODES)
 def test_random_programs_on_other_transports(run_ranks: Any, mode: str, transport: str) -> None:
     run_ranks(run_all, 2, mode, EXAMPLES, timeout=600 + EXAMPLES, transport=transport)

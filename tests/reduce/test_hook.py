@@ -288,7 +288,7 @@ def uneven(divide: bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "transport"), [(2, "shared memory"), (3, "shared memory"), (2, "sockets"), (2, "backend")]
+    ("world_size", "transport"), [(2, "shared memory"), (3, "shared memory"), (2, "sockets"), (2, "late backend")]
 )
 def test_uneven_inputs_under_join(run_ranks, world_size: int, transport: str) -> None:
     """A rank without inputs updates its pieces all the same; DDP's own result is bitwise equal on two ranks."""

@@ -36,7 +36,7 @@ class Backend:
         scratch: Sequence[Sequence[Tensor]],  # noqa: ARG002
     ) -> Callable[[], Callable[[], list[Tensor]]]:
         rank, group = self.process_group.rank(), self.process_group
-        calls = [partial(_reduce_scatter, rows[rank], rows.whole(), group=group, async_op=True) for rows in exchanges]
+        calls = [partial(reduce_scatter, rows[rank], rows.whole(), group=group, async_op=True) for rows in exchanges]
         sums = [rows[rank] for rows in exchanges]
 
         def start() -> Callable[[], list[Tensor]]:
@@ -72,4 +72,4 @@ def wait_for(works: Sequence[dist.Work | None]) -> None:
 
 # torch 2.13 has new names for these and warns of the old ones, which are all that 2.11 has.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
