@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -513,6 +514,12 @@ REFUSED: dict[str, tuple[Callable[[ZeroAdamW], Any], str]] = {
         lambda o: setattr(o.param_groups[1]["params"][1], "data", torch.ones(6, 5)),
         "exp_avg in the state of parameter 1 of group 1 has shape",
     ),
+    "two numbers": (set_group("lr", np.array([0.1, 0.2])), r"lr of param group 1 is array\(.*, not a number"),
+    "no float": (set_group("eps", 10**400), "eps of param group 1 is 1000*, not a number"),
+    "a step of two": (
+        lambda o: set_state("step", lambda _: o.state[o.param_groups[0]["params"][1]]["step"])(o),
+        "the step of parameter 1 of group 1 is the same tensor as that of parameter 1 of group 0",
+    ),
     "a sparse gradient": (
         lambda o: setattr(o.param_groups[1]["params"][1], "grad", torch.ones(7, 5).to_sparse()),
         "has a sparse gradient",
@@ -806,3 +813,46 @@ def taken_out(after: int) -> None:
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_a_parameter_is_taken_out_of_its_group_and_not_out_of_the_model(run_ranks: Any, after: int) -> None:
     run_ranks(taken_out, 2, after)
+
+
+def taken_over_after_a_refusal() -> None:
+    """What replaces a state after a refused call counts, although clipping, which looks at no states, comes first."""
+    torch.manual_seed(0)
+    params, plain = ([nn.Parameter(torch.ones(shape)) for shape in [(6, 4), (5,), ()]] for _ in range(2))
+    ours = ZeroAdamW(params, lr=0.1, fused=False)
+    adamw = torch.optim.AdamW(plain, lr=0.1, fused=False)
+    saved: Any = None
+    for iteration in range(8):
+        for p, q in zip(params, plain, strict=True):
+            p.grad = torch.full_like(p, 1.0 + iteration)
+            q.grad = p.grad.clone()
+        if iteration == 2:
+            saved = copy.deepcopy(adamw.state_dict())
+        if iteration in (4, 6):
+            for optimizer in (ours, adamw):
+                optimizer.state.clear()
+            group, lr = ours.param_groups[0], ours.param_groups[0]["lr"]
+            group["lr"] = lr + dist.get_rank()
+            with pytest.raises(RuntimeError, match="disagree on lr"):
+                ours.step()
+            group["lr"] = lr
+            if iteration == 4:
+                for optimizer in (ours, adamw):
+                    optimizer.load_state_dict(saved)
+            else:
+                for optimizer, of in ((ours, params), (adamw, plain)):
+                    for p in of:
+                        optimizer.state[p] = {key: torch.full_like(p, 0.5) for key in ("exp_avg", "exp_avg_sq")}
+                        optimizer.state[p]["step"] = torch.tensor(3.0)
+        ours.clip_grad_value_(1e9)
+        assert ours.grads_are_finite()
+        ours.step()
+        adamw.step()
+        for p, q in zip(params, plain, strict=True):
+            assert torch.equal(p, q), iteration
+            assert ours.state[p]["step"] == adamw.state[q]["step"], iteration
+            assert torch.equal(full(ours.state[p]["exp_avg"]), adamw.state[q]["exp_avg"]), iteration
+
+
+def test_a_state_that_comes_between_a_refused_step_and_clipping_counts(run_ranks: Any) -> None:
+    run_ranks(taken_over_after_a_refusal, 2)

@@ -17,6 +17,7 @@ from torch import nn
 
 import zeroadam
 from zeroadam import ZeroAdamW
+from zeroadam.plain_file import write_beside
 
 Pair = namedtuple("Pair", "first second")
 
@@ -114,3 +115,24 @@ def after_consolidation(folder: str) -> None:
 
 def test_a_checkpoint_has_the_shards_of_all_ranks_also_after_consolidation(run_ranks: Any, tmp_path: Path) -> None:
     run_ranks(after_consolidation, 2, str(tmp_path))
+
+
+def to_nowhere(folder: str) -> None:
+    file = Path(folder) / "last.pt"
+    for obj in ({"x": 1}, {"optimizer": ZeroAdamW([nn.Parameter(torch.ones(3))])}):
+        for to in (7, "all"):
+            with pytest.raises(ValueError, match=f"there is no rank {to!r}"):
+                zeroadam.save(obj, file, to=to)  # type: ignore[arg-type]
+    assert not file.exists()
+    pipe = Path(folder) / f"pipe{dist.get_rank()}"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_beside({"x": 1}, pipe)
+    assert pipe.is_fifo()
+    assert os.read(reader, 2) == b"PK"
+    os.close(reader)
+
+
+def test_a_file_that_is_none_and_a_rank_that_is_none(run_ranks: Any, tmp_path: Path) -> None:
+    """A device or a pipe stays what it is."""
+    run_ranks(to_nowhere, 2, str(tmp_path))

@@ -28,6 +28,7 @@ from zeroadam.reduce.ownership import accept_zeroing, forget_old, register
 from zeroadam.report import Meter, StepReport
 from zeroadam.state.agreement import (
     Manifest,
+    check_rank,
     check_ranks_agree,
     check_supported,
     describe_groups,
@@ -204,7 +205,6 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             RuntimeError: ranks that are out of step, or one that has failed half-way; then nothing can go on.
         """
         refuse_torch_scaler(self)
-        refuse_capture(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -232,10 +232,10 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._meter.end_step(self._plan.imbalance)
         return loss
 
-    def _begin(self, call: int, what: str = "step()") -> None:
+    def _begin(self, call: int, describe: Callable[[], str] = lambda: "step()") -> None:
         """Bring the plan up to date, and meet the other ranks in a call; raises as `step`, before any change.
 
-        what: the call with those of its arguments that must be the same on all ranks.
+        describe: gives the call with its arguments, which must be the same on all ranks; may refuse them.
         """
         if self._difference is not None:
             self._compare_values()
@@ -245,6 +245,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         plan, training = self._plan, Manifest()
         try:
             plan.follow(for_step=call == STEP)
+            if call == STEP:
+                refuse_capture(self.param_groups)
+            what = describe()
             if self.world_size > 1:
                 if call == STEP and self._check_every and self._transports.calls.numbers[STEP] % self._check_every == 0:
                     training = describe_training(self)
@@ -264,7 +267,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             often = {"the call": what, "how often check_agreement() compares": f"every {self._check_every} steps"}
             check_ranks_agree(self.process_group, lambda: often | describe_step(self, plan.numbers, having) | training)
             raise
-        plan.accept()
+        plan.accept(for_step=call == STEP)
 
     @contextlib.contextmanager
     def _ends_together(self) -> Iterator[None]:
@@ -448,12 +451,12 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         refuse_in_join(self, "consolidate_state_dict()")
         self._gathers.finish()
         targets = range(self.world_size) if to == "all" else [to]
-        if any(target not in range(self.world_size) for target in targets):
-            raise ValueError(f"there is no rank {to!r} in a process group of {self.world_size}")
         whole: dict[Any, Any] | None = None
 
         def allocate() -> Manifest:
             nonlocal whole
+            for target in targets:
+                check_rank(target, self.process_group)
             whole = empty_state(self, self._storage) if self.rank in targets else None
             return {"the rank to gather the state to": str(to), **describe_state(self)}
 

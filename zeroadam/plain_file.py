@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from zeroadam.optimizer import ZeroAdam
-from zeroadam.state.agreement import Manifest, check_ranks_agree, joined_group
+from zeroadam.state.agreement import Manifest, check_rank, check_ranks_agree, joined_group
 from zeroadam.state.state_dict import LEFT_OUT
 
 
@@ -35,7 +35,15 @@ def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:
     found = list(_optimizers_in(obj))
     optimizers = {id(optimizer): optimizer for _, optimizer in found}
     group = joined_group(next((optimizer.process_group for optimizer in optimizers.values()), None))
-    check_ranks_agree(group, lambda: {"where optimizers are in what is to be saved": str([path for path, _ in found])})
+
+    def describe() -> Manifest:
+        check_rank(to, group)
+        return {
+            "the rank that writes": str(to),
+            "where optimizers are in what is saved": str([path for path, _ in found]),
+        }
+
+    check_ranks_agree(group, describe)
 
     def write() -> Manifest:
         if group.rank() == to:
@@ -54,8 +62,11 @@ def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:
 
 
 def write_beside(obj: Any, file: Path) -> None:
-    """`torch.save` to another file in the same folder, which is then renamed."""
+    """`torch.save` to another file in the same folder, which is then renamed; straight to a device, as /dev/null."""
     file = Path(os.path.realpath(file))  # a link stays one
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        torch.save(obj, file)
+        return
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with beside.open("wb") as stream:

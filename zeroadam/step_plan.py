@@ -117,10 +117,10 @@ class StepPlan:
         for _, grad, reduced in self.reduced:
             reduced.remember(grad)
 
-    def accept(self) -> None:
-        """Keep new states and the order of parameters, to which all ranks have agreed now."""
+    def accept(self, for_step: bool = True) -> None:
+        """Keep new states and the order of parameters, to which all ranks have agreed now; states as in `follow`."""
         self._agreed = self.every, self.numbers
-        if self._state_seen is None:
+        if for_step and self._state_seen is None:
             self._store_states()
 
     # Layer 1: buckets

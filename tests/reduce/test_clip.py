@@ -69,6 +69,25 @@ def test_norm_and_clipped_gradients_are_those_of_torch(run_ranks, hook: bool, wo
     run_ranks(clipped, world_size, hook)
 
 
+def other_tensors() -> None:
+    """On one rank: all refuse, and can go on."""
+    _, optimizer, _ = models(False)
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    first = dist.get_rank() == 0
+    with pytest.raises(RuntimeError, match="disagree on the call: clip_grad_norm_"):
+        optimizer.clip_grad_norm_(torch.tensor(0.10001 if first else 0.10002))  # type: ignore[arg-type]
+    with pytest.raises((ValueError, RuntimeError), match=r"norm_type must be positive|rank 0 .* refused"):
+        optimizer.clip_grad_norm_(1.0, norm_type=0 if first else 2)
+    optimizer.clip_grad_norm_(torch.tensor(0.1))  # type: ignore[arg-type]
+    optimizer.clip_grad_value_(torch.tensor(0.1))  # type: ignore[arg-type]
+    optimizer.step()
+
+
+def test_arguments_that_are_tensors_or_refused_on_one_rank(run_ranks) -> None:
+    run_ranks(other_tensors, 2)
+
+
 def nonfinite(hook: bool) -> None:
     ours, optimizer, _ = models(hook)
     x = torch.ones(5, 7)

@@ -110,6 +110,8 @@ def consolidation_ends() -> None:
     assert not is_whole()
     with pytest.raises(ValueError, match="there is no rank 2 in a process group of 2"):
         ours.consolidate_state_dict(2)
+    with pytest.raises((ValueError, RuntimeError), match="there is no rank 9 in"):
+        ours.consolidate_state_dict(9 if rank == 1 else 0)  # the other rank hears of it
     with pytest.raises(ValueError, match="there is no rank 'every' in a process group of 2"):
         ours.consolidate_state_dict("every")
     with pytest.raises(RuntimeError, match="disagree on the rank to gather the state to: 0 on rank 0; 1 on rank 1"):

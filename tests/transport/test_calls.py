@@ -248,6 +248,9 @@ def spoil(what: str, net: nn.Sequential, optimizer: ZeroAdamW) -> Any:
     elif what == "other step":
         state["step"] += 3
         return lambda: state["step"].sub_(3)
+    elif what == "other step through data":
+        state["step"].data.add_(3)
+        return lambda: state["step"].numpy().__isub__(3)
     elif what == "state dropped":
         del optimizer.state[weight]
         return lambda: optimizer.state.update({weight: state})
@@ -271,8 +274,15 @@ def spoil(what: str, net: nn.Sequential, optimizer: ZeroAdamW) -> Any:
     return lambda: setattr(weight, "grad", grad)
 
 
-STATES = ("state", "state dropped", "other step")
-DISAGREEMENTS = ("other lr", "other lr in a tensor", "other step", "state dropped", "parameter dropped")
+STATES = ("state", "state dropped", "other step", "other step through data")
+DISAGREEMENTS = (
+    "other step through data",
+    "other lr",
+    "other lr in a tensor",
+    "other step",
+    "state dropped",
+    "parameter dropped",
+)
 
 
 def bits(net: nn.Module, optimizer: ZeroAdamW) -> list[torch.Tensor]:

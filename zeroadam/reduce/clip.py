@@ -31,10 +31,10 @@ def clip_grad_norm_(
         RuntimeError: the norm is not finite and `error_if_nonfinite` is set; inside `Join`; or see `ZeroAdam.step`.
     """
     owners = list(optimizers)
-    if not owners or not norm_type > 0:
-        raise ValueError(f"norm_type must be positive or inf, not {norm_type}" if owners else "there are no optimizers")
+    if not owners:
+        raise ValueError("there are no optimizers")
     for owner in owners:
-        begin(owner, "clip_grad_norm_", max_norm, norm_type, error_if_nonfinite)
+        begin(owner, "clip_grad_norm_", max_norm=max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite)
     totals = [_total_norm(owner, norm_type) for owner in owners]
     total = totals[0]
     if len(totals) > 1:
@@ -60,18 +60,24 @@ def clip_grad_value_(optimizers: Iterable[Owner], clip_value: float) -> None:
         RuntimeError: see `ZeroAdam.step`.
     """
     for owner in optimizers:
-        begin(owner, "clip_grad_value_", clip_value)
+        begin(owner, "clip_grad_value_", clip_value=clip_value)
         for alike in owner._plan.gradients.alike:
-            most = clip_value * alike.divisor  # for the sum over the ranks
+            most = float(clip_value) * alike.divisor  # for the sum over the ranks
             torch._foreach_clamp_min_(alike.known, -most)
             torch._foreach_clamp_max_(alike.known, most)
         end(owner)
 
 
-def begin(owner: Owner, call: str, *arguments: float) -> None:
+def begin(owner: Owner, call: str, **arguments: float) -> None:
     """Meet the other ranks of an optimizer in a call between backward and step. Raises as `ZeroAdam.step`."""
+
+    def describe() -> str:
+        if not arguments.get("norm_type", 1.0) > 0:
+            raise ValueError(f"norm_type must be positive or inf, not {arguments['norm_type']}")
+        return f"{call}({', '.join(f'{name}={float(value)!r}' for name, value in arguments.items())})"
+
     refuse_in_join(owner, f"{call}()")
-    owner._begin(LOOK, f"{call}({', '.join(map(str, arguments))})")
+    owner._begin(LOOK, describe)
 
 
 def end(owner: Owner) -> None:

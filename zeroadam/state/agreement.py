@@ -88,6 +88,12 @@ def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
             raise RuntimeError(f"a parameter of shape {tuple(param.shape)} has a gradient of shape {tuple(grad.shape)}")
 
 
+def check_rank(rank: Any, process_group: dist.ProcessGroup) -> None:
+    """Raise ValueError for what is no rank of the process group."""
+    if rank not in range(process_group.size()):
+        raise ValueError(f"there is no rank {rank!r} in a process group of {process_group.size()}")
+
+
 def check_ranks_agree(process_group: dist.ProcessGroup, describe: Callable[[], Manifest]) -> None:
     """Raise on every rank if the ranks' manifests differ, or if `describe` raises somewhere. A collective.
 

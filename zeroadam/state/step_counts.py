@@ -1,4 +1,4 @@
-"""The counts of steps as the host knows them, to compare them between ranks without reading the tensors every time."""
+"""The counts of steps as the host knows them, to compare them between ranks without waiting for a device."""
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -14,10 +14,14 @@ class StepCounts:
 
     def __init__(self, steps: Sequence[Tensor] = ()) -> None:
         self._steps, self._versions = steps, [-1]
+        self._on_host = all(step.is_cpu for step in steps)
         self._values = torch.empty(0, dtype=torch.float64)
 
     def packed(self) -> bytes:
-        """All of them. They are read anew if somebody else has changed one."""
+        """All of them. On a device they are read only if somebody else has changed one, as its version tells."""
+        if self._on_host:
+            packed: bytes = torch.stack(list(self._steps)).numpy().tobytes() if self._steps else b""
+            return packed
         versions = list(map(_version_of, self._steps))
         if versions != self._versions:
             self._values = torch.tensor([float(step) for step in self._steps], dtype=torch.float64)
@@ -26,7 +30,7 @@ class StepCounts:
 
     def count(self, indices: Sequence[int]) -> None:
         """A step has been taken with the states at these indices, after `packed`."""
-        if not indices:
+        if self._on_host or not indices:
             return
         # Adam changes all of them as often as the first. Where it did not, `packed` finds that and reads them anew.
         added = self._steps[indices[0]]._version - self._versions[indices[0]]

@@ -58,12 +58,17 @@ class Storage:
 
     def find_states(self, optimizer: Optimizer, params: Sequence[Tensor]) -> list[ParamState]:
         """The states of parameters, in the order of their groups; new ones where there are none. Changes nothing."""
-        wanted, states = set(map(id, params)), []
+        wanted, states, steps = set(map(id, params)), list[ParamState](), dict[int, str]()
         for index, group in enumerate(optimizer.param_groups):
             for name, param in named(group, index):
                 if id(param) in wanted:
                     entry = optimizer.state.get(param) or self.new_state(param, group)
                     states.append(ParamState(index, entry, *self.local_state(param, name, group, entry)))
+                    if (other := steps.setdefault(id(states[-1].local["step"]), name)) != name:
+                        raise RuntimeError(
+                            f"the step of {name} is the same tensor as that of {other}, so it would count twice: give "
+                            "each one of its own"
+                        )
         return states
 
     def new_tensor(self, param: Tensor, name: str) -> Tensor:

@@ -118,11 +118,19 @@ def check_group(group: Any, index: int) -> tuple[Any, ...]:
     for key, value in zip(("lr", "eps", "weight_decay", "beta1", "beta2"), numbers, strict=True):
         if isinstance(value, Tensor):
             is_number = value.numel() == 1 and not (value.is_complex() or value.is_meta)
-            kinds.append((value.dtype, value.device, value.dim()))
+            kinds.append((value.dtype, value.device, value.dim(), value.requires_grad))
         else:
-            is_number = hasattr(value, "__float__")
+            is_number = _is_number(value)
             kinds.append(type(value))
         if not is_number:
             raise ValueError(f"{key} of param group {index} is {value!r}, not a number")
     # The values of betas, as Adam divides by what it makes of them.
     return (*(group[key] for key in FLAGS), *kinds, *(b for b in betas if not isinstance(b, Tensor)))
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return not isinstance(value, str)
