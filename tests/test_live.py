@@ -856,3 +856,23 @@ def taken_over_after_a_refusal() -> None:
 
 def test_a_state_that_comes_between_a_refused_step_and_clipping_counts(run_ranks: Any) -> None:
     run_ranks(taken_over_after_a_refusal, 2)
+
+
+def other_steps() -> None:
+    """Counts of another shape and dtype, which torch takes as well."""
+    params, plain = ([nn.Parameter(torch.ones(5, 3)) for _ in range(3)] for _ in range(2))
+    ours, adamw = (ZeroAdamW(params, lr=0.1, fused=False), torch.optim.AdamW(plain, lr=0.1, fused=False))
+    for iteration in range(4):
+        for p in (*params, *plain):
+            p.grad = torch.full_like(p, 1.0 + iteration)
+        if iteration == 2:
+            for optimizer, of in ((ours, params), (adamw, plain)):
+                optimizer.state[of[0]]["step"] = torch.tensor([7.0])
+                optimizer.state[of[1]]["step"] = torch.tensor(9.0, dtype=torch.float64)
+        ours.step()
+        adamw.step()
+        assert all(map(torch.equal, params, plain)), iteration
+
+
+def test_counts_of_steps_may_have_another_shape(run_ranks: Any) -> None:
+    run_ranks(other_steps, 2)

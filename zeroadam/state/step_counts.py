@@ -14,7 +14,7 @@ class StepCounts:
 
     def __init__(self, steps: Sequence[Tensor] = ()) -> None:
         self._steps, self._versions = steps, [-1]
-        self._on_host = all(step.is_cpu for step in steps)
+        self._on_host = all(step.is_cpu and step.dim() == 0 for step in steps)
         self._values = torch.empty(0, dtype=torch.float64)
 
     def packed(self) -> bytes:
