@@ -40,7 +40,7 @@ def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:
         check_rank(to, group)
         return {
             "the rank that writes": str(to),
-            "where optimizers are in what is saved": str([path for path, _ in found]),
+            "where optimizers are in what is to be saved": str([path for path, _ in found]),
         }
 
     check_ranks_agree(group, describe)
