@@ -157,7 +157,7 @@ def noticed_late(fault: str) -> tuple[str, int]:
     for number in range(1, 8):
         for param in params:
             param.grad = torch.ones_like(param)
-        refused = number == 3 and (fault == "refused by all" or (fault == "refused" and mine))
+        refused = number == 3 and fault == "refused by all"
         if number == 4 and mine and fault == "other lr":
             optimizer.param_groups[0]["lr"] = 0.1
         if refused:
