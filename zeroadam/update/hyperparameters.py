@@ -18,18 +18,49 @@ def run_adam(
     weights: Views, grads: Views, moments: Mapping[str, Views], steps: Views, group: Mapping[str, Any]
 ) -> None:
     """torch's functional Adam with the hyper-parameters of a param group, on tensors of one dtype and device."""
-    tensors: Any = (weights, grads, *(moments[name] for name in MOMENTS), steps)
     beta1, beta2 = group["betas"]
-    numbers: dict[str, Any] = {"lr": group["lr"], "beta1": beta1, "beta2": beta2}
-    others = {name: group[name] for name in ("weight_decay", "eps", "amsgrad", "maximize")}
-    if group["fused"] and not any(isinstance(number, Tensor) for number in numbers.values()):
-        # What `adam` does then, but for sorting the tensors by dtype and device, which is a quarter of its host time.
+    lr, weight_decay, eps = group["lr"], group["weight_decay"], group["eps"]
+    if group["fused"] and not any(isinstance(n, Tensor) for n in (lr, beta1, beta2)):
+        # What `adam` does then, but for sorting the tensors by dtype and device, a quarter of its host time.
         torch._foreach_add_(steps, 1)
         fused = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
-        fused(*tensors, **numbers, **others, grad_scale=None, found_inf=None)
+        fused(
+            weights,
+            grads,
+            moments["exp_avg"],
+            moments["exp_avg_sq"],
+            moments["max_exp_avg_sq"],
+            steps,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+            grad_scale=None,
+            found_inf=None,
+        )
         return
-    kind = {name: group[name] for name in ("foreach", "capturable", "fused", "decoupled_weight_decay")}
-    adam(*tensors, **numbers, **others, **kind)
+    adam(
+        weights,
+        grads,
+        moments["exp_avg"],
+        moments["exp_avg_sq"],
+        moments["max_exp_avg_sq"],
+        steps,
+        foreach=group["foreach"],
+        capturable=group["capturable"],
+        fused=group["fused"],
+        amsgrad=group["amsgrad"],
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=group["maximize"],
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+    )
 
 
 def try_groups(groups: Sequence[Mapping[str, Any]], kinds: Collection[tuple[int, torch.dtype, torch.device]]) -> None:
