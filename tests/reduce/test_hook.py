@@ -397,6 +397,35 @@ def test_gradients_that_add_up_in_join_are_refused(run_ranks) -> None:
     run_ranks(refused_sums_in_join, 2)
 
 
+def sums_around_join() -> None:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(3, 4), gradient_as_bucket_view=True)
+    optimizer = ZeroAdamW(model, **ADAMW)
+
+    def step(zero: bool = True) -> None:
+        model(torch.randn(5, 3)).square().mean().backward()
+        optimizer.step()
+        if zero:
+            optimizer.zero_grad()
+
+    step()
+    step()
+    with Join([model, optimizer]):
+        step()
+    sums = optimizer.reduction.sums_in_join.sums
+    noted = dict(sums)
+    assert noted
+    step(zero=False)
+    assert sums == noted  # outside nobody needs more of them
+    message = r"in Join a backward would add to gradients|rank \d of the process group failed"
+    with pytest.raises(RuntimeError, match=message), Join([model, optimizer]):
+        step()
+
+
+def test_sums_from_before_join_are_refused_in_it_and_none_are_taken_outside(run_ranks) -> None:
+    run_ranks(sums_around_join, 2)
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_join_with_gradients_zeroed_in_either_way(run_ranks, accumulate: bool) -> None:
     for differences in run_ranks(sums_in_join, 2, True, accumulate):

@@ -12,20 +12,19 @@ import contextlib
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from zeroadam._compat import current_graph_task_id, queue_callback
 from zeroadam.layout.packing import is_dense, split_by_size
 from zeroadam.layout.shard import shard
 from zeroadam.reduce.grad_bucket import GradBucket
-from zeroadam.reduce.join import in_join
+from zeroadam.reduce.join import SumsInJoin, in_join
 from zeroadam.reduce.ownership import Owner, Reduced, held_params, owners_of, reduced_of
 from zeroadam.report import Meter
 from zeroadam.transport import Transports
@@ -81,8 +80,7 @@ class Reduction:
         self.seen: set[int] = set()
         self.started = 0  # parts in this backward; by which staging memory is chosen, alike on all ranks
         self.memory: dict[tuple[torch.device, int], Tensor] = {}
-        self.guarded = WeakTensorKeyDictionary()  # one parameter of each bucket that was reduced in `Join`
-        self.last_sums: dict[int, Tensor] = {}  # of the gradients of their buckets, by the id of the parameter
+        self.sums_in_join = SumsInJoin(self._fail)
         # In `Join`, what a rank without inputs gets for its pieces: DDP does not put it into p.grad there.
         self.joined: list[tuple[Tensor, Tensor]] = []
 
@@ -95,8 +93,9 @@ class Reduction:
         owner: the optimizer with which the hook was registered.
         """
         joined, backward = in_join(owner), current_graph_task_id()
-        if joined and backward != -1 and bucket.parameters()[0] not in self.guarded:
-            self._refuse_sums_in_join(bucket.parameters(), owner)
+        self.sums_in_join.active = joined
+        if joined and backward != -1:
+            self.sums_in_join.guard(bucket.parameters(), owner)
         if backward != -1:
             parts = self.known.get(bucket.buffer().data_ptr()) or self._know(bucket, owner, wire_dtype)
             if backward != self.backward:
@@ -136,9 +135,7 @@ class Reduction:
                 self._finish_first()
         for part in self.finished:
             part.remember()
-            if len(self.guarded):
-                sums = {id(param): grad.sum() for param, grad in zip(part.params, part.grads, strict=True)}
-                self.last_sums.update(sums)
+            self.sums_in_join.note(part.params, part.grads)
         self.finished.clear()
         self.started = 0
 
@@ -174,6 +171,12 @@ class Reduction:
         buffers = {address: parts[0].grads[0].untyped_storage().nbytes() for address, parts in self.known.items()}
         return sum(buffers.values())
 
+    def enter_join(self, owner: Owner) -> None:
+        """Look at the sums that are in p.grad when `Join` begins."""
+        self.sums_in_join.enter(
+            [[param for part in parts for param in part.params] for parts in self.known.values()], owner
+        )
+
     def take_joined(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters and gradients that came to this rank without inputs since the last call."""
         self.finish()
@@ -183,25 +186,15 @@ class Reduction:
     def _refuse_half_a_backward(self) -> None:
         """Raise where an earlier backward ended in an error: its reductions would end in the gradients of this one."""
         if self.under_way:
-            with self._ends_together():
-                raise RuntimeError(
-                    "an earlier backward ended in an error while gradients were being reduced, as after running out of "
-                    "memory: build DistributedDataParallel and the optimizer anew, from a checkpoint"
-                )
+            self._fail(
+                "an earlier backward ended in an error while gradients were being reduced, as after running out of "
+                "memory: build DistributedDataParallel and the optimizer anew, from a checkpoint"
+            )
 
-    def _refuse_sums_in_join(self, params: list[Tensor], owner: Owner) -> None:
-        """From the next backward on, raise where it would add to sums, to which ranks without inputs add nothing."""
-
-        def check(_: Tensor) -> None:  # before a gradient is added; also where DDP has moved them to another bucket
-            sums = [(p.grad, self.last_sums.get(id(p))) for p in params] if in_join(owner) else []
-            if any(g is not None and last is not None and last != 0 and g.sum() == last for g, last in sums):
-                with self._ends_together():
-                    raise RuntimeError(
-                        "in Join a backward would add to gradients of an earlier one, which ranks without inputs have "
-                        "no more: call optimizer.zero_grad() after each step, and accumulate in model.no_sync()"
-                    )
-
-        self.guarded[params[0]] = params[0].register_hook(check)
+    def _fail(self, message: str) -> NoReturn:
+        """Raise RuntimeError, here and on the other ranks."""
+        with self._ends_together():
+            raise RuntimeError(message)
 
     def _know(self, bucket: dist.GradBucket, owner: Owner, wire_dtype: torch.dtype | None) -> list[GradBucket]:
         """Lay a new bucket out, and forget those that had its parameters before DDP rebuilt them."""

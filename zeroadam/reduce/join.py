@@ -1,10 +1,13 @@
 """Uneven inputs: a rank that has run out of them still owns pieces, and updates them while the others go on."""
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.algorithms import Joinable, JoinHook
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from zeroadam.reduce.ownership import Owner
+from zeroadam.reduce.ownership import Owner, reduced_of
 
 
 class StepAlong(JoinHook):
@@ -17,6 +20,7 @@ class StepAlong(JoinHook):
                 "its process group"
             )
         self.optimizer = optimizer
+        optimizer.reduction.enter_join(optimizer)
 
     def main_hook(self) -> None:
         """Called for every iteration of the others, after the model's own shadow of it."""
@@ -52,3 +56,45 @@ def refuse_in_join(optimizer: Owner, what: str) -> None:
             f"{what} asks all ranks, but in Join those without inputs only follow backward and step(): give all ranks "
             "equally many batches"
         )
+
+
+class SumsInJoin:
+    """Refuses, in `Join`, a backward that would add to sums of an earlier one, to which ranks without inputs add none.
+
+    Args:
+        fail: raises RuntimeError with a message, here and on the other ranks.
+    """
+
+    def __init__(self, fail: Callable[[str], Any]) -> None:
+        self.fail, self.active = fail, False  # whether the last backward was in `Join`
+        self.sums: dict[int, Tensor] = {}  # what the hook left in p.grad adds up to, by the id of the parameter
+        self._guarded = WeakTensorKeyDictionary()  # the first parameter of each bucket
+
+    def enter(self, buckets: Iterable[Sequence[Tensor]], owner: Owner) -> None:
+        """Note the sums that are there when `Join` begins. buckets: their parameters."""
+        self.sums.clear()
+        for params in buckets:
+            self.guard(params, owner)
+            for param in params:
+                reduced = reduced_of(param)
+                if param.grad is not None and reduced is not None and reduced.still_in(param.grad):
+                    self.sums[id(param)] = param.grad.sum()
+
+    def note(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Note what a backward has left, if it was in `Join`."""
+        if self.active:
+            self.sums |= {id(param): grad.sum() for param, grad in zip(params, grads, strict=True)}
+
+    def guard(self, params: Sequence[Tensor], owner: Owner) -> None:
+        """From the next backward on, refuse one that would add to the sums of a bucket, if it is in `Join`."""
+
+        def check(_: Tensor) -> None:  # before a gradient is added; also where DDP has moved them to another bucket
+            sums = [(p.grad, self.sums.get(id(p))) for p in params] if in_join(owner) else []
+            if any(g is not None and last is not None and last != 0 and g.sum() == last for g, last in sums):
+                self.fail(
+                    "in Join a backward would add to gradients of an earlier one, which ranks without inputs have no "
+                    "more: call optimizer.zero_grad() after each step, and accumulate in model.no_sync()"
+                )
+
+        if params[0] not in self._guarded:
+            self._guarded[params[0]] = params[0].register_hook(check)
