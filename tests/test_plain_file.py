@@ -22,6 +22,13 @@ from zeroadam.plain_file import write_beside
 Pair = namedtuple("Pair", "first second")
 
 
+class Row(list):
+    """Is built from its values, not from a list of them."""
+
+    def __init__(self, *values: object) -> None:
+        super().__init__(values)
+
+
 def saved(folder: str) -> None:
     ours, plain, mine, _ = trained()
     other = ZeroAdamW([nn.Parameter(torch.ones(3))])
@@ -94,6 +101,12 @@ def replaced(folder: str) -> None:
     assert type(loaded) is OrderedDict
     assert loaded["step"] == 2
     assert loaded["optimizer"]["state"][0]["step"] == 0
+    long = Path(folder) / f"{'ä' * 120}.pt"  # 243 of the 255 bytes that a name may have
+    zeroadam.save(Row(optimizer, 2), long)
+    row = torch.load(long, weights_only=False)
+    assert type(row) is Row
+    assert row[1] == 2
+    assert row[0].keys() == loaded["optimizer"].keys()
 
 
 def test_links_modes_and_types_stay(run_ranks: Any, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def write_beside(obj: Any, file: Path) -> None:
     if file.exists() and not (file.is_file() or file.is_dir()):
         torch.save(obj, file)
         return
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    beside = file.with_name(f".{file.name[:50]}.{os.getpid()}.tmp")  # no longer than a name may be
     try:
         with beside.open("wb") as stream:
             torch.save(obj, stream)
@@ -100,4 +100,8 @@ def _with_state_dicts(obj: Any) -> Any:
         copied.update((key, _with_state_dicts(value)) for key, value in obj.items())
         return copied
     values = [_with_state_dicts(value) for value in obj]
+    if isinstance(obj, list):
+        same_type = copy.copy(obj)
+        same_type[:] = values
+        return same_type
     return type(obj)(*values) if hasattr(obj, "_fields") else type(obj)(values)

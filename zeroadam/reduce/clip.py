@@ -40,6 +40,8 @@ def clip_grad_norm_(
     if len(totals) > 1:
         total = torch.linalg.vector_norm(torch.stack([some.to(total.device) for some in totals]), norm_type)
     if error_if_nonfinite and not total.isfinite():
+        for owner in owners:
+            owner._plan.release_gradients()
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients is non-finite, so it cannot be clipped. To disable "
             "this error and scale the gradients by the non-finite norm anyway, set error_if_nonfinite=False"
