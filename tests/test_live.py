@@ -351,7 +351,9 @@ def run(mode: str, program: Program) -> None:
 def run_all(mode: str, examples: int) -> None:
     """Rank 0 makes the programs up, and learns how they ended on every rank, so that it can shrink them."""
     for cls in (Gloo, shared_memory.SharedMemory, Backend):
-        cls.rules = RowRules(cls.rules.equal, direct_bytes=512)  # so that small parameters travel directly as well
+        cls.rules = RowRules(
+            cls.rules.equal, 512, 1024
+        )  # so that small parameters travel directly as well, and in unequal rows
     ALONE[:] = [dist.new_group([rank], use_local_synchronization=True) for rank in [dist.get_rank()]]
 
     def everywhere(program: Program) -> None:

@@ -1,5 +1,8 @@
 """Every private name of torch that is used here, each with why. A test asks whether all of them are there."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -17,11 +20,27 @@ def timeout_of(process_group: dist.ProcessGroup, device_type: str) -> float:
     return seconds
 
 
+def grouped(
+    calls: Sequence[Callable[..., Any]], process_group: dist.ProcessGroup, device: torch.device
+) -> list[dist.Work]:
+    """Start collectives in one launch where the backend can, as NCCL does; torch has no public way to ask for it.
+
+    calls: take `group` and `async_op`, and give a work.
+    """
+    if not process_group._get_backend(device).supports_coalescing:
+        return [call(group=process_group, async_op=True) for call in calls]
+    with dist._coalescing_manager(process_group, device, async_ops=True) as works:
+        for call in calls:
+            call(group=process_group, async_op=True)
+    return [works]
+
+
 # Used where they are needed.
 PRIVATE = {
     "_C": "see above",
     "_current_graph_task_id": "see above",
     "_execution_engine": "see above",
+    "_coalescing_manager": "see above",
     "_get_backend": "see above",
     "_timeout": "see above",
     "_base": "the tensor of which a gradient is a view: whether it lies in memory that stays, as in a DDP bucket",

@@ -1,6 +1,6 @@
 """The collectives of a backend as NCCL has them: results are there after `wait()`, and nothing can be read before."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,26 +11,48 @@ from zeroadam.transport import backend
 
 
 def late(collective: Callable[..., Any], in_place: bool) -> Callable[..., Any]:
-    """in_place: whether the input is a part of the output, and stays there."""
+    """in_place: whether the inputs are parts of the outputs, and stay there."""
 
-    def start(output: Tensor, given: Tensor, group: Any, async_op: bool) -> SimpleNamespace:
-        assert async_op
-        result, sent = torch.empty_like(output), given.clone()
-        work = collective(result, sent, group=group, async_op=True)
-        output.fill_(float("nan"))
+    def start(outputs: Sequence[Tensor], given: Sequence[Tensor], group: Any) -> SimpleNamespace:
+        results, sent = [torch.empty_like(output) for output in outputs], [part.clone() for part in given]
+        work = collective(results, sent, group)
+        for output in outputs:
+            output.fill_(float("nan"))
         if in_place:
-            given.copy_(sent)
+            torch._foreach_copy_(list(given), sent)
 
         def wait() -> None:
             work.wait()
-            output.copy_(result)
+            torch._foreach_copy_(list(outputs), results)
 
         return SimpleNamespace(wait=wait)
 
     return start
 
 
+def late_rows(collective: Callable[..., Any], in_place: bool) -> Callable[..., Any]:
+    """in_place: whether this rank's row stays readable."""
+
+    def start(rows: Sequence[Tensor], group: Any) -> list[SimpleNamespace]:
+        results = [row.clone() for row in rows]
+        works = collective(results, group)
+        for rank, row in enumerate(rows):
+            if not in_place or rank != group.rank():
+                row.fill_(float("nan"))
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+            torch._foreach_copy_(list(rows), results)
+
+        return [SimpleNamespace(wait=wait)]
+
+    return start
+
+
 def install() -> None:
     """For the process in which it is called."""
-    backend.all_gather = late(backend.all_gather, in_place=True)
-    backend.reduce_scatter = late(backend.reduce_scatter, in_place=False)
+    backend.all_gather_together = late(backend.all_gather_together, in_place=True)
+    backend.reduce_scatter_together = late(backend.reduce_scatter_together, in_place=False)
+    backend.broadcast_rows = late_rows(backend.broadcast_rows, in_place=True)
+    backend.reduce_rows = late_rows(backend.reduce_rows, in_place=False)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from zeroadam.layout.packing import Packing, direct_rows, is_packed, split_by_size
+from zeroadam.layout.packing import Packing, direct_rows, is_packed, split_by_size, staged_bytes
 from zeroadam.layout.rows import RowRules, Rows
 from zeroadam.layout.shard import shard
 from zeroadam.report import Meter
@@ -90,16 +90,16 @@ class Gather:
 def make_buckets(
     params: Sequence[Tensor], rank: int, world_size: int, cap_bytes: float, rules: Callable[[Tensor], RowRules]
 ) -> list[ParamBucket]:
-    """Buckets of about `cap_bytes`, in order; those that pack nothing apart, as they need not wait for staging memory.
+    """Buckets of at most `cap_bytes`, or of one parameter, in order.
+
+    Those that pack nothing apart, as they need not wait for staging memory.
 
     rules: of the transport for a parameter.
     """
     packed = [is_packed(param.detach(), world_size, rules(param)) for param in params]
-    buckets = []
-    for kind in (True, False):
-        for some in split_by_size([p for p, is_one in zip(params, packed, strict=True) if is_one is kind], cap_bytes):
-            buckets.append(ParamBucket(some, rank, world_size, rules(some[0])))
-    return buckets
+    staged, direct = ([p for p, is_one in zip(params, packed, strict=True) if is_one is kind] for kind in (True, False))
+    runs = split_by_size(staged, cap_bytes, lambda param: staged_bytes(param.detach(), world_size))
+    return [ParamBucket(some, rank, world_size, rules(some[0])) for some in [*runs, *split_by_size(direct, cap_bytes)]]
 
 
 def staging_bytes(buckets: Sequence[ParamBucket]) -> int:

@@ -7,9 +7,10 @@ piece is a view of its own. Columns with more full pieces stand further left, so
 and have no gaps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ def direct_rows(tensor: Tensor, world_size: int, rules: RowRules) -> Rows | None
     size = tensor.shape[dim]
     chunk = shard_range(size, world_size, 0)[1]
     of_one = tensor.numel() // size
-    if chunk * of_one * tensor.itemsize < rules.direct_bytes or (rules.equal and chunk * world_size != size):
+    small = chunk * of_one * tensor.itemsize < rules.direct_bytes or (rules.equal and chunk * world_size != size)
+    if small and tensor.nbytes < rules.large_bytes:
         return None
     full, short = divmod(size, chunk)
     numels = [chunk * of_one] * full + [short * of_one] * (full < world_size)
@@ -63,19 +65,26 @@ def is_packed(param: Tensor, world_size: int, rules: RowRules) -> bool:
     return param.dim() > 0 and param.numel() > 0 and direct_rows(param, world_size, rules) is None
 
 
-def split_by_size(tensors: Sequence[Tensor], cap_bytes: float) -> list[list[Tensor]]:
-    """Divide a list of tensors into runs of one dtype and device of about `cap_bytes` each, in order."""
+def split_by_size(
+    tensors: Sequence[Tensor], cap_bytes: float, nbytes: Callable[[Tensor], int] = attrgetter("nbytes")
+) -> list[list[Tensor]]:
+    """Divide a list of tensors into runs of one dtype and device, of at most `cap_bytes` or of one tensor, in order."""
     runs: list[list[Tensor]] = []
     for kind in dict.fromkeys((t.dtype, t.device) for t in tensors):
-        left = 0.0
+        left = -1.0
         for tensor in tensors:
             if (tensor.dtype, tensor.device) == kind:
-                if left <= 0:
+                left -= nbytes(tensor)
+                if left < 0:
                     runs.append([])
-                    left = cap_bytes
+                    left = cap_bytes - nbytes(tensor)
                 runs[-1].append(tensor)
-                left -= tensor.nbytes
     return runs
+
+
+def staged_bytes(tensor: Tensor, world_size: int) -> int:
+    """What a tensor takes of a staging area whose rows are equally long."""
+    return world_size * shard(tensor, world_size, 0).nbytes
 
 
 @dataclass

@@ -10,8 +10,9 @@ from torch import Tensor
 class RowRules(NamedTuple):
     """What a transport asks of the rows that it sends."""
 
-    equal: bool  # whether all rows of an exchange must be equally long
+    equal: bool  # whether packed rows must be equally long
     direct_bytes: int  # pieces of this size and more travel from and into where they lie; smaller ones are packed
+    large_bytes: int = 25 * 2**20  # likewise those of tensors of this size, also in rows that are not equally long
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,14 @@ class Rows:
     def __iter__(self) -> Iterator[Tensor]:
         return (self[rank] for rank in range(len(self)))
 
+    @property
+    def equal(self) -> bool:
+        """Whether all rows are equally long and follow each other."""
+        return all(numel == self.pitch for numel in self.numels)
+
     def whole(self) -> Tensor:
-        """All rows as one run of memory, where they are equal and follow each other: [W * n]."""
-        assert all(numel == self.pitch for numel in self.numels)
+        """All rows as one run of memory, where they are equal: [W * n]."""
+        assert self.equal
         return self.memory[: self.pitch * len(self)]
 
     def others(self, rank: int) -> list[Tensor]:

@@ -21,13 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
 
 from zeroadam._compat import current_graph_task_id, queue_callback
-from zeroadam.layout.packing import is_dense, split_by_size
+from zeroadam.layout.packing import direct_rows, is_dense, split_by_size, staged_bytes
 from zeroadam.layout.shard import shard
 from zeroadam.reduce.grad_bucket import GradBucket
 from zeroadam.reduce.join import SumsInJoin, in_join
 from zeroadam.reduce.ownership import Owner, Reduced, held_params, owners_of, reduced_of
 from zeroadam.report import Meter
-from zeroadam.transport import Transports
+from zeroadam.transport import Transport, Transports
 from zeroadam.transport.calls import BACKWARD
 
 # Parts of DDP buckets whose reduction may be under way at once; each has staging memory of its own.
@@ -78,7 +78,7 @@ class Reduction:
         # which DDP frees after the first backward to make other buckets.
         self.known: dict[int, list[GradBucket]] = {}
         self.seen: set[int] = set()
-        self.started = 0  # parts in this backward; by which staging memory is chosen, alike on all ranks
+        self.started = 0  # staged parts in this backward; by which memory is chosen, alike on all ranks
         self.memory: dict[tuple[torch.device, int], Tensor] = {}
         self.sums_in_join = SumsInJoin(self._fail)
         # In `Join`, what a rank without inputs gets for its pieces: DDP does not put it into p.grad there.
@@ -115,11 +115,11 @@ class Reduction:
             )
         with self._ends_together():
             for part in parts:
-                if len(self.under_way) == STAGING_SLOTS:
+                while part.staged and sum(other.staged for other in self.under_way) == STAGING_SLOTS:
                     self._finish_first()
                 with self.meter.phase("reduce_scatter"):
                     part.start(self._memory(part))
-                self.started += 1
+                self.started += part.staged
                 self.meter.count(*part.bytes_moved)
                 self.under_way.append(part)
         buffer = bucket.buffer()
@@ -224,9 +224,10 @@ class Reduction:
                 grads[param] = grad.as_strided(param.shape, before.strides[id(param)])
             else:
                 grads[param] = grad.as_strided(param.shape, param.stride()) if is_dense(param) else grad
-        runs = split_by_size(list(grads), PART_BYTES)
         buffer = bucket.buffer()
         transport = self.transports.of(buffer.device)
+        staged = {id(param): self._staged_bytes(grad, wire_dtype, transport) for param, grad in grads.items()}
+        runs = split_by_size(list(grads), PART_BYTES, lambda param: staged[id(param)])
         # One note for all parts: the gradients of a bucket share their version counter.
         own = [shard(grad, self.process_group.size(), self.process_group.rank()) for grad in grads.values()]
         strides = {id(param): grad.stride() for param, grad in grads.items()}
@@ -242,6 +243,13 @@ class Reduction:
             )
             for params in runs
         ]
+
+    def _staged_bytes(self, grad: Tensor, wire_dtype: torch.dtype | None, transport: Transport) -> int:
+        """What one gradient takes of the staging memory of its part, or of cache where the host makes the sums."""
+        world_size, as_it_is = self.process_group.size(), wire_dtype in (None, grad.dtype)
+        if transport.sums_on_device and as_it_is and direct_rows(grad, world_size, transport.rules) is not None:
+            return 0
+        return staged_bytes(grad, world_size)
 
     def _memory(self, part: GradBucket) -> Tensor:
         slot = (part.grads[0].device, self.started % STAGING_SLOTS)

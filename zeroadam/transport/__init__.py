@@ -34,6 +34,7 @@ class Transport(Protocol):
     waits_in_forward: bool  # whether a gather arrives although the other ranks have gone on to something else
     clears_others: bool  # whether a reduction leaves zero in the rows of the other ranks
     same_on_all_ranks: bool  # whether every rank that sums a row gets the same bits
+    sums_on_device: bool  # whether a sum needs nothing of the host, so that to wait early only holds the device up
     senders: int  # rows of scratch memory that a reduction needs for each row: one for each rank that it receives from
 
     @property

@@ -26,6 +26,7 @@ class Alone:
     waits_in_forward = False
     clears_others = True
     same_on_all_ranks = True
+    sums_on_device = True
     senders = 0
     channel = None
 

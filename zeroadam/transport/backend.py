@@ -6,7 +6,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
+from zeroadam._compat import grouped
 from zeroadam.layout.rows import RowRules, Rows
 
 # Pieces of this size and more are not packed: a message of their own costs less than copying them twice.
@@ -20,6 +22,7 @@ class Backend:
     waits_in_forward = True
     clears_others = False
     same_on_all_ranks = False
+    sums_on_device = True
     senders = 0  # the sum is taken in place
 
     def __init__(self, process_group: dist.ProcessGroup, channel: Any = None) -> None:
@@ -27,8 +30,16 @@ class Backend:
 
     def prepare_gather(self, exchanges: Sequence[Rows]) -> Callable[[], list[Callable[[], None]]]:
         rank, group = self.process_group.rank(), self.process_group
-        calls = [partial(all_gather, rows.whole(), rows[rank], group=group, async_op=True) for rows in exchanges]
-        return lambda: [partial(wait_for, [call()]) for call in calls]
+        even = [rows for rows in exchanges if rows.equal]
+        outputs, inputs = [rows.whole() for rows in even], [rows[rank] for rows in even]
+        others = {id(rows): list(rows) for rows in exchanges if not rows.equal}
+
+        def start() -> list[Callable[[], None]]:
+            together = [all_gather_together(outputs, inputs, group)] if even else []
+            works = [broadcast_rows(others[id(rows)], group) if id(rows) in others else together for rows in exchanges]
+            return [partial(wait_for, of_one) for of_one in works]
+
+        return start
 
     def prepare_reduce(
         self,
@@ -36,11 +47,15 @@ class Backend:
         scratch: Sequence[Sequence[Tensor]],  # noqa: ARG002
     ) -> Callable[[], Callable[[], list[Tensor]]]:
         rank, group = self.process_group.rank(), self.process_group
-        calls = [partial(reduce_scatter, rows[rank], rows.whole(), group=group, async_op=True) for rows in exchanges]
+        even = [rows for rows in exchanges if rows.equal]
+        outputs, inputs = [rows[rank] for rows in even], [rows.whole() for rows in even]
+        others = [list(rows) for rows in exchanges if not rows.equal]
         sums = [rows[rank] for rows in exchanges]
 
         def start() -> Callable[[], list[Tensor]]:
-            works = [call() for call in calls]
+            works = [reduce_scatter_together(outputs, inputs, group)] if even else []
+            for rows in others:
+                works += reduce_rows(rows, group)
 
             def finish() -> list[Tensor]:
                 wait_for(works)
@@ -49,6 +64,36 @@ class Backend:
             return finish
 
         return start
+
+
+def all_gather_together(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], process_group: dist.ProcessGroup
+) -> dist.Work:
+    """One all-gather for several tensors: input [n] of each rank -> output [W * n]. NCCL makes one launch of it."""
+    options = AllgatherOptions()
+    options.asyncOp = True
+    return process_group.allgather_into_tensor_coalesced(list(outputs), list(inputs), options)
+
+
+def reduce_scatter_together(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], process_group: dist.ProcessGroup
+) -> dist.Work:
+    """One reduce-scatter for several tensors: input [W * n] -> output [n], the sum over the ranks."""
+    options = ReduceScatterOptions()
+    options.asyncOp = True
+    return process_group.reduce_scatter_tensor_coalesced(list(outputs), list(inputs), options)
+
+
+def broadcast_rows(rows: Sequence[Tensor], process_group: dist.ProcessGroup) -> list[dist.Work]:
+    """An all-gather of rows that are not equally long: each rank's own, [n_r], goes to all others."""
+    calls = [partial(dist.broadcast, row, group_src=source) for source, row in enumerate(rows) if row.numel() > 0]
+    return grouped(calls, process_group, rows[0].device)
+
+
+def reduce_rows(rows: Sequence[Tensor], process_group: dist.ProcessGroup) -> list[dist.Work]:
+    """A reduce-scatter of rows that are not equally long: row r of rank r, [n_r], is the sum; the others anything."""
+    calls = [partial(dist.reduce, row, group_dst=target) for target, row in enumerate(rows) if row.numel() > 0]
+    return grouped(calls, process_group, rows[0].device)
 
 
 def backends(process_group: dist.ProcessGroup) -> dict[str, str]:
@@ -70,6 +115,5 @@ def wait_for(works: Sequence[dist.Work | None]) -> None:
             work.wait()
 
 
-# torch 2.13 has new names for these and warns of the old ones, which are all that 2.11 has.
+# torch 2.13 has a new name for this and warns of the old one, which is all that 2.11 has.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

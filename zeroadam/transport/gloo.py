@@ -31,6 +31,7 @@ class Gloo:
     waits_in_forward = True
     clears_others = False
     same_on_all_ranks = True
+    sums_on_device = False
     waits = True
 
     def __init__(self, process_group: dist.ProcessGroup, calls: Calls) -> None:
@@ -141,6 +142,7 @@ class GlooOnDevice:
     waits_in_forward = True
     clears_others = False
     same_on_all_ranks = True
+    sums_on_device = False
 
     def __init__(self, process_group: dist.ProcessGroup, channel: Any = None) -> None:
         self.process_group, self.channel = process_group, channel

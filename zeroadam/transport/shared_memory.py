@@ -54,6 +54,7 @@ class SharedMemory:
     waits_in_forward = False  # a message moves only while all ranks are at work
     clears_others = True
     same_on_all_ranks = True
+    sums_on_device = False
     senders = 0
     waits = True
 
