@@ -153,7 +153,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             )
             return options.describe() | describe_groups(self.param_groups, 0, self.defaults)
 
-        check_ranks_agree(self.process_group, build)
+        check_ranks_agree(self.process_group, build, self._device)
         Joinable.__init__(self)
         self._prepare(Transports(self.process_group))
         self._plan.follow()
@@ -165,7 +165,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
     def _compare_values(self) -> None:
         """See whether all ranks have the same parameters. They need not before DDP makes them so. A collective."""
-        self._difference = find_difference(self.process_group, lambda: describe_values(self.param_groups))
+        self._difference = find_difference(self.process_group, lambda: describe_values(self.param_groups), self._device)
 
     def _prepare(self, transports: Transports) -> None:
         """Make everything that is not torch's Adam, for the param groups and states that there are."""
@@ -258,14 +258,16 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             self._transports.refuse()
             raise
         if training and not self._transports.can_meet:
-            check_ranks_agree(self.process_group, lambda: training)
+            check_ranks_agree(self.process_group, lambda: training, self._device)
         try:
             with self._meter.phase("all_gather"):  # the wait for a slower rank, which would come with its rows
                 self._transports.meet()
         except DisagreementError:  # on all ranks alike, so they can say what it is
             having = {id(plan.params[position]) for position in plan.with_gradients}
             often = {"the call": what, "how often check_agreement() compares": f"every {self._check_every} steps"}
-            check_ranks_agree(self.process_group, lambda: often | describe_step(self, plan.numbers, having) | training)
+            check_ranks_agree(
+                self.process_group, lambda: often | describe_step(self, plan.numbers, having) | training, self._device
+            )
             raise
         plan.accept(for_step=call == STEP)
 
@@ -380,7 +382,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             return describe_groups(self.param_groups, before, self.defaults)
 
         try:
-            check_ranks_agree(self.process_group, add)
+            check_ranks_agree(self.process_group, add, self._device)
         except Exception:
             del self.param_groups[before:]
             raise
@@ -392,10 +394,14 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         """For `torch.distributed.algorithms.Join([model, optimizer])`; needs `reduce_scatter_hook`."""
         return StepAlong(self, **kwargs)
 
+    def _device(self) -> torch.device:
+        """That of the first parameter, also where the constructor has failed before it had any."""
+        every = (param.device for group in getattr(self, "param_groups", ()) for param in group["params"])
+        return next(every, torch.device("cpu"))
+
     @property
     def join_device(self) -> torch.device:
-        every = (param.device for group in self.param_groups for param in group["params"])
-        return next(every, torch.device("cpu"))
+        return self._device()
 
     @property
     def join_process_group(self) -> dist.ProcessGroup:
@@ -461,7 +467,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             return {"the rank to gather the state to": str(to), **describe_state(self)}
 
         self._consolidated = None
-        check_ranks_agree(self.process_group, allocate)
+        check_ranks_agree(self.process_group, allocate, self._device)
         for target in map(int, targets):
             gather_state(self, self._storage, whole if self.rank == target else None, target)
         self._consolidated = ShardedState() if whole is None else whole
@@ -490,7 +496,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
                 loading = prepare_loading(self, self._storage, adapted)
                 return loading.manifest
 
-            check_ranks_agree(self.process_group, prepare)
+            check_ranks_agree(self.process_group, prepare, self._device)
             assert loading is not None
             return loading.copy()
 

@@ -43,7 +43,10 @@ def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:
             "where optimizers are in what is to be saved": str([path for path, _ in found]),
         }
 
-    check_ranks_agree(group, describe)
+    def device() -> torch.device:
+        return next((optimizer.join_device for optimizer in optimizers.values()), torch.device("cpu"))
+
+    check_ranks_agree(group, describe, device)
 
     def write() -> Manifest:
         if group.rank() == to:
@@ -55,7 +58,7 @@ def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:
     try:
         for optimizer in optimizers.values():
             optimizer.consolidate_state_dict(to)
-        check_ranks_agree(group, write)
+        check_ranks_agree(group, write, device)
     finally:
         for optimizer in optimizers.values():
             optimizer._consolidated = None

@@ -13,7 +13,7 @@ from torch.distributed.tensor import distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from zeroadam import ZeroAdam, ZeroAdamW, reduce_scatter_hook
-from zeroadam.state.agreement import fingerprint
+from zeroadam.state.agreement import find_difference, fingerprints, read_scalars
 
 ODD_RANK = 1
 
@@ -161,6 +161,10 @@ def test_a_rank_outside_the_process_group(run_ranks) -> None:
     run_ranks(outside, 3)
 
 
+def fingerprint(tensor: torch.Tensor) -> int:
+    return fingerprints([torch.ones(2), tensor])[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
 def test_fingerprints_tell_every_single_element(dtype: torch.dtype) -> None:
     tensor = torch.arange(60).reshape(3, 20).to(dtype)
@@ -180,6 +184,38 @@ def test_fingerprints_of_long_tensors_depend_on_the_order_of_their_chunks() -> N
     tensor[0] = 1
     assert fingerprint(tensor) != fingerprint(tensor.roll(2**20))
     assert fingerprint(torch.zeros(0)) == 0
+
+
+def test_scalars_are_read_in_their_order() -> None:
+    given = [torch.tensor(3), 2.5, torch.tensor([4.5]), torch.tensor(2**62 + 1), torch.tensor(0.5)]
+    assert read_scalars(given) == [3, 2.5, 4.5, 2**62 + 1, 0.5]
+    assert read_scalars([]) == []
+
+
+def test_ranks_talk_through_the_device_of_their_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not through the current one, which is the first GPU on all ranks unless somebody has set it."""
+    events: list[Any] = []
+
+    @contextlib.contextmanager
+    def current(index: int | None) -> Any:
+        events.append(index)
+        yield
+        events.append("left")
+
+    class Group:
+        def size(self) -> int:
+            return 2
+
+    def all_gather_object(answers: list[Any], mine: Any, group: Any) -> None:  # noqa: ARG001
+        events.append("talk")
+        answers[:] = [mine, mine]
+
+    monkeypatch.setattr(torch.accelerator, "device_index", current)
+    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
+    group: Any = Group()
+    assert find_difference(group, lambda: {}, lambda: torch.device("cuda:3")) is None
+    assert find_difference(group, lambda: {}) is None
+    assert events == [3, "talk", "left", None, "talk", "left"]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

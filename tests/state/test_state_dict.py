@@ -86,6 +86,33 @@ def plain_goes_on(file: bytes) -> None:
     assert_goes_on(ours, plain)
 
 
+def consolidated_in_batches() -> None:
+    """On NCCL a lone send makes a communicator for its pair of ranks; a batch does not."""
+
+    def alone(*_: Any) -> None:
+        raise AssertionError
+
+    send, receive = (dist.ProcessGroup.__dict__[name] for name in ("send", "recv"))  # with how they are bound
+    dist.ProcessGroup.send = dist.ProcessGroup.recv = alone
+    batches, batch = [], dist.batch_isend_irecv
+
+    def counted(operations: list[dist.P2POp]) -> Any:
+        batches.append(len(operations))
+        dist.ProcessGroup.send, dist.ProcessGroup.recv = send, receive
+        try:
+            return batch(operations)
+        finally:
+            dist.ProcessGroup.send = dist.ProcessGroup.recv = alone
+
+    dist.batch_isend_irecv = counted
+    consolidated(2)
+    assert batches
+
+
+def test_pieces_are_gathered_in_batches_where_the_backend_is_not_gloo(run_ranks) -> None:
+    run_ranks(consolidated_in_batches, 3, transport="backend")
+
+
 def consolidation_ends() -> None:
     ours, _, mine, _ = trained()
     rank = dist.get_rank()

@@ -94,19 +94,31 @@ def check_rank(rank: Any, process_group: dist.ProcessGroup) -> None:
         raise ValueError(f"there is no rank {rank!r} in a process group of {process_group.size()}")
 
 
-def check_ranks_agree(process_group: dist.ProcessGroup, describe: Callable[[], Manifest]) -> None:
+def host() -> torch.device:
+    return torch.device("cpu")
+
+
+def check_ranks_agree(
+    process_group: dist.ProcessGroup, describe: Callable[[], Manifest], device: Callable[[], torch.device] = host
+) -> None:
     """Raise on every rank if the ranks' manifests differ, or if `describe` raises somewhere. A collective.
+
+    device: through which the ranks talk if their backend has none but GPUs; asked for after `describe`.
 
     Raises:
         the exception of `describe()`: on the ranks where it raised;
         RuntimeError: on the others then, naming that rank; on all, naming the first difference and the ranks.
     """
-    if found := find_difference(process_group, describe):
+    if found := find_difference(process_group, describe, device):
         raise RuntimeError(found)
 
 
-def find_difference(process_group: dist.ProcessGroup, describe: Callable[[], Manifest]) -> str | None:
+def find_difference(
+    process_group: dist.ProcessGroup, describe: Callable[[], Manifest], device: Callable[[], torch.device] = host
+) -> str | None:
     """The first difference between the ranks' manifests in words, the same on all ranks. A collective.
+
+    device: see `check_ranks_agree`.
 
     Raises:
         the exception of `describe()`: on the ranks where it raised; RuntimeError on the others then, naming that rank.
@@ -120,7 +132,8 @@ def find_difference(process_group: dist.ProcessGroup, describe: Callable[[], Man
     failure = None if error is None else f"{type(error).__name__}: {error}"
     answers: list[Any] = [(failure, mine)] * process_group.size()
     if process_group.size() > 1:
-        dist.all_gather_object(answers, (failure, mine), group=process_group)
+        with torch.accelerator.device_index(device().index):  # else all meet on the first GPU
+            dist.all_gather_object(answers, (failure, mine), group=process_group)
     if error is not None:
         raise error
     for rank, (failure, _) in enumerate(answers):
@@ -150,15 +163,14 @@ def describe_groups(groups: list[dict[str, Any]], first: int, defaults: dict[str
 
 def describe_values(groups: list[dict[str, Any]]) -> Manifest:
     """The values of all parameters, which must be the same on every rank when they are first used."""
-    values = {}
-    for index, group in enumerate(groups):
-        for name, param in named(group, index):
-            if type(param.detach()) is Tensor or param.requires_grad:  # the bits of a quantized weight its class knows
-                values[
-                    f"the values of {name} (wrap the model in DistributedDataParallel before the first step, or "
-                    "broadcast the parameters from one rank)"
-                ] = f"hash {fingerprint(param):x}"
-    return values
+    every = [entry for index, group in enumerate(groups) for entry in named(group, index)]
+    # The bits of a quantized weight its class knows.
+    compared = [(name, param) for name, param in every if type(param.detach()) is Tensor or param.requires_grad]
+    cure = "wrap the model in DistributedDataParallel before the first step, or broadcast the parameters from one rank"
+    values = fingerprints([param for _, param in compared])
+    return {
+        f"the values of {name} ({cure})": f"hash {value:x}" for (name, _), value in zip(compared, values, strict=True)
+    }
 
 
 def describe_hyperparameters(group: dict[str, Any], index: int, defaults: dict[str, Any]) -> Manifest:
@@ -193,12 +205,13 @@ def describe_step(optimizer: Optimizer, numbers: Mapping[int, int], having: set[
 
 def describe_training(optimizer: Optimizer) -> Manifest:
     """What must be the same on all ranks between two steps: parameters, steps and hyper-parameters, in this order."""
-    manifest: Manifest = {}
+    every = [entry for index, group in enumerate(optimizer.param_groups) for entry in named(group, index)]
+    hashes = fingerprints([param for _, param in every])
+    manifest = {f"the values of {name}": f"hash {value:x}" for (name, _), value in zip(every, hashes, strict=True)}
+    counted = [(name, optimizer.state[param]["step"]) for name, param in every if optimizer.state.get(param)]
+    steps = read_scalars([step for _, step in counted])
+    manifest |= {f"the step of {name}": str(float(step)) for (name, _), step in zip(counted, steps, strict=True)}
     for index, group in enumerate(optimizer.param_groups):
-        for name, param in named(group, index):
-            manifest[f"the values of {name}"] = f"hash {fingerprint(param):x}"
-            if state := optimizer.state.get(param):
-                manifest[f"the step of {name}"] = str(float(state["step"]))
         manifest |= describe_hyperparameters(group, index, optimizer.defaults)
     return manifest
 
@@ -220,12 +233,31 @@ def named(group: dict[str, Any], index: int) -> list[tuple[str, Tensor]]:
     return [(f"parameter {name}", param) for name, param in zip(names, group["params"], strict=True)]
 
 
-def fingerprint(tensor: Tensor) -> int:
-    """A 64-bit hash of the bits of `tensor` [d0, ...]; a single differing element always changes it.
+def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
+    """A 64-bit hash of the bits of each tensor [d0, ...]; waits for a device once."""
+    return [value % 2**64 for value in read_scalars([_fingerprint(tensor) for tensor in tensors])]
+
+
+def read_scalars(scalars: Sequence[Any]) -> list[Any]:
+    """The numbers in tensors [], or numbers themselves, in one copy from each device for each dtype."""
+    found = list(scalars)
+    kinds: dict[Any, list[int]] = {}
+    for index, scalar in enumerate(scalars):
+        if isinstance(scalar, Tensor):
+            kinds.setdefault((scalar.device, scalar.dtype), []).append(index)
+    for indices in kinds.values():
+        for index, value in zip(indices, torch.stack([scalars[i].reshape(()) for i in indices]).tolist(), strict=True):
+            found[index] = value
+    return found
+
+
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """[] int64 on the device of `tensor`; a single differing element always changes it.
 
     The sum, modulo 2^64, of eight bytes at a time as an integer, times an odd number made of their position.
     """
-    chunk_numel = 2**17 if tensor.device.type == "cpu" else 2**24  # what stays in cache, and few launches
+    # What stays in cache; elsewhere few launches, with some 50 MB of temporary memory.
+    chunk_numel = 2**17 if tensor.device.type == "cpu" else 2**21
     weights = torch.arange(1, 2 * min(tensor.numel(), chunk_numel) + 16, 2, device=tensor.device)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for index, chunk in enumerate(tensor.detach().reshape(-1).split(chunk_numel)):
@@ -233,4 +265,4 @@ def fingerprint(tensor: Tensor) -> int:
         whole = data.numel() // 8 * 8
         words = torch.cat([data[:whole].view(torch.int64), data[whole:].to(torch.int64)])
         total += (words * weights[: words.numel()]).sum() * (2 * index + 1)
-    return int(total) % 2**64
+    return total

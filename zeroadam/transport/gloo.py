@@ -208,9 +208,7 @@ def gather_to(piece: Tensor, pieces: Sequence[Tensor], to: int, process_group: d
     rank = process_group.rank()
     device = torch.device("cpu") if "cpu" in backends(process_group) else piece.device
     if rank != to:
-        works = [process_group.send([message], to, TAG) for message in messages(piece.to(device).contiguous().view(-1))]
-        for work in works:
-            work.wait()
+        _transfer(dist.isend, piece.to(device).contiguous().view(-1), to, process_group)
         return
     for source, target in enumerate(pieces):
         if source == rank:
@@ -218,10 +216,20 @@ def gather_to(piece: Tensor, pieces: Sequence[Tensor], to: int, process_group: d
             continue
         direct = target.is_contiguous() and device.type == "cpu"
         received = target if direct else torch.empty(target.shape, dtype=target.dtype, device=device)
-        for message in messages(received.view(-1)):
-            process_group.recv([message], source, TAG).wait()
+        _transfer(dist.irecv, received.view(-1), source, process_group)
         if not direct:
             target.copy_(received)
+
+
+def _transfer(call: Callable[..., Any], row: Tensor, peer: int, process_group: dist.ProcessGroup) -> None:
+    """Send a row to, or receive it from, a rank of the process group, and wait until that is done."""
+    if not row.numel():
+        return
+    if backends(process_group)[row.device.type] == "gloo":
+        start = process_group.send if call is dist.isend else process_group.recv
+        wait_for([start([message], peer, TAG) for message in messages(row)])
+    else:  # as a batch, since NCCL makes a communicator for each pair of ranks that send to each other otherwise
+        wait_for(dist.batch_isend_irecv([dist.P2POp(call, row, group=process_group, group_peer=peer)]))
 
 
 def messages(row: Tensor) -> Sequence[Tensor]:

@@ -78,7 +78,9 @@ class Update:
         if self.step_copies[0]:
             torch._foreach_copy_(*self.step_copies)
         if self.for_kernel:
-            self.kernel.update(list(self.for_kernel.values()), group)
+            pieces = list(self.for_kernel.values())
+            with torch.accelerator.device_index(pieces[0].param.device.index):  # where Triton launches
+                self.kernel.update(pieces, group)
         for block in self.blocks:
             block.step(group)
 

@@ -84,6 +84,7 @@ def _update_alike(pieces: Sequence[Piece], group: dict[str, Any], aligned: bool)
         hash_=HASH,
         golden=GOLDEN,
         block=BLOCK,
+        enable_fp_fusion=True,  # as in torch's fused kernel
     )
 
 
