@@ -5,6 +5,7 @@
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=1 launch/benchmark.py --kernel
     OMP_NUM_THREADS=1 python launch/benchmark.py --sweep --plot growth.png
     OMP_NUM_THREADS=1 python launch/benchmark.py --host 300 2000
+    OMP_NUM_THREADS=1 python launch/benchmark.py --launches gpt2-124m llama-3-8b --world-size 8 64
 
 The implementations take turns, step by step, so that whatever else the machine is doing meets all of them alike. Each
 step of each is compared with the step of DDP + fused AdamW in the same round. How much memory each needs is found
@@ -23,10 +24,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import benchmark_launches
 import torch
 import torch.distributed as dist
 from implementations import LIMITS, REFERENCE, Implementation, Limit, installed
 from measure import memory, start_peak
+from shapes import MODELS
 from train import GPT
 
 
@@ -179,6 +182,15 @@ def main() -> None:
     parser.add_argument(
         "--host", nargs="+", type=int, metavar="N", help="without torchrun: host time for N tiny parameters"
     )
+    parser.add_argument(
+        "--launches",
+        nargs="+",
+        choices=MODELS,
+        metavar="MODEL",
+        help=f"without torchrun or GPU: count: {', '.join(MODELS)}",
+    )
+    parser.add_argument("--world-size", nargs="+", type=int, default=[8, 64, 512], help="with --launches")
+    benchmark_launches.add_arguments(parser)
     parser.add_argument("--alone", choices=installed(), metavar="NAME", help="train with one implementation alone")
     parser.add_argument("--store", help=argparse.SUPPRESS)
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
@@ -191,6 +203,10 @@ def main() -> None:
 
         rows = list(table(args.host, args.steps))
         show(rows, f"host time of parameters of 8 x 8, process CPU, medians of {args.steps} steps", args)
+        return
+    if args.launches:
+        rows = list(benchmark_launches.table(args.launches, args.world_size, args))
+        show(rows, "collectives, operators and bytes of one rank in each step", args)
         return
     if "RANK" not in os.environ:
         parser.error("start it with torchrun: torchrun --standalone --nproc_per_node=2 launch/benchmark.py")

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
 
 from zeroadam.gather.gathers import Gathers
-from zeroadam.gather.in_forward import watch
+from zeroadam.gather.in_forward import warn_of_buffers, watch
 from zeroadam.options import Options
 from zeroadam.reduce.clip import all_finite, clip_grad_norm_, clip_grad_value_
 from zeroadam.reduce.grad_scaler import refuse_torch_scaler
@@ -314,12 +314,16 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         are a part; also before `destroy_process_group()`. `model.zero_grad()` waits for all, `optimizer.zero_grad()`
         for none. Parameters of other models, and those that go through shared memory, are gathered in `step()`.
 
+        Warns where DistributedDataParallel sends buffers before each forward, which on NCCL queue behind the gathers.
+
         Raises:
             ValueError: the model has no parameter of this optimizer.
         """
         params = {param for group in self.param_groups for param in group["params"]} & set(model.parameters())
         if not params:
             raise ValueError("gather_in_forward() needs the model whose parameters this optimizer holds")
+        if self.world_size > 1 and any(self._transports.of(d).sums_on_device for d in {p.device for p in params}):
+            warn_of_buffers(model)
         self._gathers.in_forward.update(dict.fromkeys(params, True))
         for bucket in self._plan.buckets:
             bucket.in_forward = None

@@ -8,6 +8,7 @@ import copy
 import io
 import os
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -356,3 +357,22 @@ def evaluate_on_one(shared: str) -> None:
 def test_one_rank_may_evaluate_alone(run_ranks: Any, shared: str) -> None:
     """Its gathers need no help of the others, who wait for it."""
     run_ranks(evaluate_on_one, 2, shared)
+
+
+def with_buffers() -> None:
+    for layer, options, warned in (
+        (nn.BatchNorm1d(3), {}, True),
+        (nn.BatchNorm1d(3), {"forward_sync_buffers": False}, False),
+        (nn.Linear(3, 3), {}, False),
+    ):
+        model = DistributedDataParallel(layer, gradient_as_bucket_view=True, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ZeroAdamW(model).gather_in_forward(model)
+        found = [str(warning.message) for warning in caught if "forward_sync_buffers=False" in str(warning.message)]
+        assert bool(found) == (warned and dist.get_backend() != "gloo")
+
+
+@pytest.mark.parametrize("transport", ["backend", "sockets"])
+def test_buffers_that_queue_behind_the_gathers_are_named(run_ranks: Any, transport: str) -> None:
+    run_ranks(with_buffers, 2, transport=transport)

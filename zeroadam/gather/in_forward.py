@@ -6,11 +6,13 @@ that dict is exchanged for one that finishes the gather of what it gives away. A
 forward as well, for those that keep their parameters elsewhere besides, such as the flat weights of an RNN.
 """
 
+import warnings
 from collections.abc import ItemsView, Iterator, ValuesView
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from zeroadam.gather.gathers import Gathers
 
@@ -67,6 +69,17 @@ def watch(model: nn.Module, gathers: Gathers) -> None:
             module._parameters = parameters = AwaitedParameters(parameters)
             module.register_forward_pre_hook(_wait_for_own, prepend=True)
         parameters.gathers.append(gathers)
+
+
+def warn_of_buffers(model: nn.Module) -> None:
+    """Where the forward of a model waits for all gathers at its start, in the queue of the communicator."""
+    if isinstance(model, DistributedDataParallel) and model.broadcast_buffers and list(model.module.buffers()):
+        warnings.warn(
+            "gather_in_forward() hides nothing: DistributedDataParallel sends the model's buffers before each forward, "
+            "behind the gathers. Build it with forward_sync_buffers=False, in older torch broadcast_buffers=False, "
+            "if they are the same on all ranks anyway, such as masks",
+            stacklevel=3,
+        )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

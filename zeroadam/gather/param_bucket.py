@@ -90,7 +90,7 @@ class Gather:
 def make_buckets(
     params: Sequence[Tensor], rank: int, world_size: int, cap_bytes: float, rules: Callable[[Tensor], RowRules]
 ) -> list[ParamBucket]:
-    """Buckets of at most `cap_bytes`, or of one parameter, in order.
+    """Buckets of at most `cap_bytes`, or of one parameter, in the order of their first ones, as a forward needs them.
 
     Those that pack nothing apart, as they need not wait for staging memory.
 
@@ -99,7 +99,10 @@ def make_buckets(
     packed = [is_packed(param.detach(), world_size, rules(param)) for param in params]
     staged, direct = ([p for p, is_one in zip(params, packed, strict=True) if is_one is kind] for kind in (True, False))
     runs = split_by_size(staged, cap_bytes, lambda param: staged_bytes(param.detach(), world_size))
-    return [ParamBucket(some, rank, world_size, rules(some[0])) for some in [*runs, *split_by_size(direct, cap_bytes)]]
+    runs += split_by_size(direct, cap_bytes)
+    positions = {id(param): position for position, param in enumerate(params)}
+    runs.sort(key=lambda run: positions[id(run[0])])
+    return [ParamBucket(run, rank, world_size, rules(run[0])) for run in runs]
 
 
 def staging_bytes(buckets: Sequence[ParamBucket]) -> int:

@@ -32,7 +32,7 @@ from zeroadam.transport.calls import BACKWARD
 
 # Parts of DDP buckets whose reduction may be under way at once; each has staging memory of its own.
 STAGING_SLOTS = 3
-PART_BYTES = 25 * 2**20
+PART_BYTES, WHOLE_BYTES = 25 * 2**20, 40 * 2**20  # a bucket of DDP's usual size and its last gradient is one part
 
 
 def reduce_scatter_hook(optimizer: Owner | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -227,7 +227,8 @@ class Reduction:
         buffer = bucket.buffer()
         transport = self.transports.of(buffer.device)
         staged = {id(param): self._staged_bytes(grad, wire_dtype, transport) for param, grad in grads.items()}
-        runs = split_by_size(list(grads), PART_BYTES, lambda param: staged[id(param)])
+        cap = WHOLE_BYTES if sum(staged.values()) <= WHOLE_BYTES else PART_BYTES
+        runs = split_by_size(list(grads), cap, lambda param: staged[id(param)])
         # One note for all parts: the gradients of a bucket share their version counter.
         own = [shard(grad, self.process_group.size(), self.process_group.rank()) for grad in grads.values()]
         strides = {id(param): grad.stride() for param, grad in grads.items()}

@@ -6,6 +6,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from zeroadam.state.agreement import read_scalars
+
 _version_of = attrgetter("_version")
 
 
@@ -24,7 +26,7 @@ class StepCounts:
             return packed
         versions = list(map(_version_of, self._steps))
         if versions != self._versions:
-            self._values = torch.tensor([float(step) for step in self._steps], dtype=torch.float64)
+            self._values = torch.tensor(read_scalars(self._steps), dtype=torch.float64)
             self._versions = versions
         return self._values.numpy().tobytes()
 
