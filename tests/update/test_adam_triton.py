@@ -203,7 +203,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from zeroadam.update.adam_triton import _kernel
 
-pointers = {"table": "*i64", "blocks": "*i32", "scalars": "*fp32"}
+pointers = {"table": "*i64", "blocks": "*i32", "grads": "*i64", "scalars": "*fp32"}
 floats = dict.fromkeys(["beta1", "beta2", "rest1", "rest2", "eps", "weight_decay"], "fp32")
 dtypes = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 param, moment, compute, master = sys.argv[1:]
@@ -214,7 +214,7 @@ constants |= {"hash_": 0x85EBCA6B - 2**32, "golden": 0x9E3779B9 - 2**32, "block"
 signature = {**pointers, **floats, **dict.fromkeys(constants, "constexpr")}
 places = {(_kernel.arg_names.index(name),): value for name, value in constants.items()}
 source = ASTSource(fn=_kernel, signature=signature, constexprs=places)
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True})
 assert len(compiled.asm["cubin"]) > 0
 print("ld.global.v4" in compiled.asm["ptx"], "ld.global.b16" in compiled.asm["ptx"])
 """
@@ -249,3 +249,22 @@ def test_a_cuda_graph_of_the_kernel(kernel) -> None:
     for mine, its in zip(found, expected, strict=True):
         assert torch.equal(mine.param, its.param)
         assert torch.equal(mine.state["master"], its.state["master"])
+
+
+def test_gradients_that_are_allocated_anew_cost_one_small_table(kernel: Any) -> None:
+    pieces = on_device(pieces_of(torch.float32, "", torch.float32, False))
+    kernel.update(pieces, GROUP)
+    before = dict(kernel._TABLES)
+    for piece in pieces:
+        piece.grad = piece.grad.clone()
+    kernel.update(pieces, GROUP)
+    added = [key for key in kernel._TABLES if key not in before]
+    kinds = {(p.param.numel() % 16 == 0) for p in pieces}  # those that are aligned have tables of their own
+    assert 1 <= len(added) <= len(kinds)
+    assert all(kernel._TABLES[key] is before[key] for key in before)
+
+
+@pytest.mark.parametrize("numels", [(1,), (2048,), (2049, 1, 5000), (3, 2048, 4096, 10**6)])
+def test_every_block_is_of_one_piece(kernel: Any, numels: tuple[int, ...]) -> None:
+    expected = [[i, start] for i, numel in enumerate(numels) for start in range(-(-numel // kernel.BLOCK))]
+    assert kernel._blocks(numels).tolist() == expected

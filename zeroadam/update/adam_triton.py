@@ -4,7 +4,7 @@ It does what `zeroadam.update.adam` does for one block: follow a parameter that 
 remainder, cast and divide the gradient, run Adam, and round what is stored in fewer bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from zeroadam.update.piece import Piece
 from zeroadam.update.rounding import CODES, GOLDEN, HASH
 
 BLOCK = 2048
-TENSORS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "remainder", "step")  # after the parameter and gradient
+TENSORS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "remainder", "step")  # after the parameter
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Kernels in a CUDA graph go on reading their tables, which must not be freed before the graph.
-_CAPTURED: list[tuple[Tensor, Tensor]] = []
-_TABLES: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+Table = tuple[Tensor, Tensor]  # the same on the host and on the device
+_CAPTURED: list[Table] = []
+_TABLES: dict[Any, Table] = {}
 MAX_TABLES = 1000
 
 
@@ -60,10 +61,11 @@ def _update_alike(pieces: Sequence[Piece], group: dict[str, Any], aligned: bool)
     size, root = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
     decay = torch.zeros_like(step) + (1 - lr * group["weight_decay"])
     scalars = torch.stack([size, root, decay], 1).float()
-    table, blocks = _tables(pieces)
+    table, blocks, grads = _tables(pieces)
     _kernel[(blocks.shape[0],)](
         table,
         blocks,
+        grads,
         scalars,
         beta1,
         beta2,
@@ -88,26 +90,50 @@ def _update_alike(pieces: Sequence[Piece], group: dict[str, Any], aligned: bool)
     )
 
 
-def _tables(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
-    """Where everything is, int64 [pieces, 10], and which block is whose and where in it, int32 [blocks, 2]."""
-    rows = []
+def _tables(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel reads, on the device.
+
+    Where everything is but gradients, int64 [pieces, 9]; which block is whose and where in it, int32 [blocks, 2]; where
+    the gradients are, int64 [pieces]: apart, as these may be allocated anew in each step.
+    """
+    rows: list[int] = []
     for piece in pieces:
-        tensors = [piece.param, piece.grad, *(piece.state.get(name) for name in TENSORS)]
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        rows.append((*addresses, piece.param.numel(), piece.divisor))
-    key = tuple(number for row in rows for number in row)
+        tensors = [piece.param, *(piece.state.get(name) for name in TENSORS)]
+        rows += [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        rows += [piece.param.numel(), piece.divisor]
+    device = pieces[0].param.device
+    tables = (
+        _table(tuple(rows), device, _as_rows),
+        _table(tuple(piece.param.numel() for piece in pieces), device, _blocks),
+        _table(tuple(piece.grad.data_ptr() for piece in pieces), device, _as_rows),
+    )
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _CAPTURED.extend(tables)
+    return tables[0][1], tables[1][1], tables[2][1]
+
+
+def _table(numbers: tuple[int, ...], device: torch.device, make: Callable[[tuple[int, ...]], Tensor]) -> Table:
+    """A table made of numbers, on the host and on a device, to which it is copied without waiting."""
+    key = (device, make, numbers)
     if key not in _TABLES:
         while len(_TABLES) >= MAX_TABLES:
             del _TABLES[next(iter(_TABLES))]
-        blocks = [(i, start) for i, piece in enumerate(pieces) for start in range(-(-piece.param.numel() // BLOCK))]
-        device = pieces[0].param.device
-        _TABLES[key] = (
-            torch.tensor(rows, dtype=torch.int64, device=device),
-            torch.tensor(blocks, dtype=torch.int32, device=device),
-        )
-    if pieces[0].param.is_cuda and torch.cuda.is_current_stream_capturing():
-        _CAPTURED.append(_TABLES[key])
+        host = make(numbers)
+        host = host.pin_memory() if device.type == "cuda" else host
+        _TABLES[key] = host, host.to(device, non_blocking=True)
     return _TABLES[key]
+
+
+def _as_rows(numbers: tuple[int, ...]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def _blocks(numels: tuple[int, ...]) -> Tensor:
+    """(piece, block of it) for each program: int32 [blocks, 2]."""
+    counts = torch.tensor([-(-numel // BLOCK) for numel in numels])
+    piece = torch.arange(len(numels)).repeat_interleave(counts)
+    first = (counts.cumsum(0) - counts)[piece]
+    return torch.stack([piece, torch.arange(len(piece)) - first], dim=1).int()
 
 
 @triton.jit
@@ -146,6 +172,7 @@ def _round_moment(value, dtype: tl.constexpr, stochastic: tl.constexpr, shift, h
 def _kernel(
     table,
     blocks,
+    grads,
     scalars,
     beta1,
     beta2,
@@ -171,8 +198,8 @@ def _kernel(
     index = tl.program_id(0).to(tl.int64)
     piece = tl.load(blocks + 2 * index).to(tl.int64)
     offsets = tl.load(blocks + 2 * index + 1).to(tl.int64) * block + tl.arange(0, block)
-    row = table + piece * 10
-    numel = tl.load(row + 8)
+    row = table + piece * 9
+    numel = tl.load(row + 7)
     if aligned:
         numel = tl.multiple_of(numel, 16)
     mask = offsets < numel
@@ -181,20 +208,20 @@ def _kernel(
     param_at = _at(row, 0, param_dtype, offsets, aligned)
     param = tl.load(param_at, mask=mask)
     if remainder:
-        remainder_at = _at(row, 6, tl.int16, offsets, aligned)
+        remainder_at = _at(row, 5, tl.int16, offsets, aligned)
         low = tl.load(remainder_at, mask=mask).to(tl.int32)
         high = param.to(tl.int16, bitcast=True).to(tl.int32)
         stale = ((high & 0x7FFF) == 0) & (low < 0)  # see `zeroadam.update.master.join`
         weight = ((high << 16) + tl.where(stale, 0, low)).to(tl.float32, bitcast=True)
     elif master:
-        master_at = _at(row, 5, tl.float32, offsets, aligned)
+        master_at = _at(row, 4, tl.float32, offsets, aligned)
         held = tl.load(master_at, mask=mask)
         weight = tl.where(_round(held, param_dtype) == param, held, param.to(tl.float32))
     else:
         weight = param.to(tl.float32)
 
-    grad = tl.load(_at(row, 1, grad_dtype, offsets, aligned), mask=mask).to(tl.float32)
-    grad = _round(tl.div_rn(grad, tl.load(row + 9).to(tl.float32)), compute_dtype).to(tl.float32)
+    grad = tl.load(_at(grads + piece, 0, grad_dtype, offsets, aligned), mask=mask).to(tl.float32)
+    grad = _round(tl.div_rn(grad, tl.load(row + 8).to(tl.float32)), compute_dtype).to(tl.float32)
     if maximize:
         grad = -grad
     if decoupled:
@@ -202,17 +229,17 @@ def _kernel(
     else:
         grad += weight * weight_decay
 
-    first_at, second_at = _at(row, 2, moment_dtype, offsets, aligned), _at(row, 3, moment_dtype, offsets, aligned)
+    first_at, second_at = _at(row, 1, moment_dtype, offsets, aligned), _at(row, 2, moment_dtype, offsets, aligned)
     first = beta1 * tl.load(first_at, mask=mask).to(tl.float32) + rest1 * grad
     second = beta2 * tl.load(second_at, mask=mask).to(tl.float32) + rest2 * grad * grad
     largest = second
     if amsgrad:
-        largest_at = _at(row, 4, moment_dtype, offsets, aligned)
+        largest_at = _at(row, 3, moment_dtype, offsets, aligned)
         largest = tl.maximum(tl.load(largest_at, mask=mask).to(tl.float32), second, propagate_nan=tl.PropagateNan.ALL)
     weight -= size * tl.div_rn(first, tl.div_rn(tl.sqrt_rn(largest), root) + eps)
 
     stochastic: tl.constexpr = moment_dtype == tl.bfloat16 and compute_dtype == tl.float32
-    shift = tl.load(tl.load(row + 7).to(tl.pointer_type(tl.float32))).to(tl.int32) * golden
+    shift = tl.load(tl.load(row + 6).to(tl.pointer_type(tl.float32))).to(tl.int32) * golden
     tl.store(first_at, _round_moment(first, moment_dtype, stochastic, shift, hash_), mask=mask)
     tl.store(second_at, _round_moment(second, moment_dtype, stochastic, shift, hash_), mask=mask)
     if amsgrad:
