@@ -54,7 +54,8 @@ def plan(
     """The bytes of each of `world_size` ranks that train with `ZeroAdam`; as it takes them, but for the last two.
 
     To the byte what a run allocates for as long as it lasts. On top come, with a hook, staging memory of what is being
-    reduced: of three parts of 25 MB the small gradients, and on gloo what is received; and a few MB of scratch memory
+    reduced: of three parts of up to 40 MB the small gradients, and what is received on gloo or with `ordered_sums`; and
+    a few MB of scratch memory
     for updates in another precision than the parameters', or of gradients that are divided.
 
     Args:

@@ -84,13 +84,16 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         process_group: the ranks over which the state is cut, all of them by default. As in DistributedDataParallel.
             Without torchrun and `init_process_group()` there is one rank, and the state is that of torch's Adam.
         bucket_cap_mb: megabytes (2^20 bytes) of parameters that are updated and gathered together. The memory
-            for packing small parameters is at most three times this.
+            for packing small parameters is at most three times this, or three times the largest of them.
         master_dtype: torch.float32 for Adam to run on a float32 copy of bfloat16 and float16 parameters, which get the
             rounded result; see `zeroadam.master`. None, the default, for the numbers of torch's Adam on the same model.
         store_param_remainders: store of the copies of bfloat16 parameters only the 16 bits that these do not hold.
         state_dtype: torch.bfloat16 for moments in bfloat16, rounded stochastically; torch.uint8 for moments in 8 bits,
             wherever a parameter has rows of whole blocks, by bitsandbytes. Adam runs in float32 then; see
             `zeroadam.precision`. None, the default, for moments in the dtype in which Adam runs.
+        ordered_sums: for `reduce_scatter_hook` to add gradients up in rank order and in float32 also on NCCL, whose own
+            order depends on W and where bfloat16 is rounded at every hop. On gloo it does so anyway. As many bytes are
+            sent, by an all-to-all; on each rank three parts of a backward need as much memory again, of up to 40 MB.
         hook: what to register as communication hook where params is a DistributedDataParallel model; None for nothing.
             Its `gradient_as_bucket_view` must be set, or a warning says that there is no hook.
 
@@ -122,6 +125,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         master_dtype: torch.dtype | None = None,
         store_param_remainders: bool = False,
         state_dtype: torch.dtype | None = None,
+        ordered_sums: bool = False,
         hook: Hook | None = reduce_scatter_hook,
     ) -> None:
         model, params = params if isinstance(params, nn.Module) else None, params_of(params)
@@ -132,7 +136,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._difference: str | None = None  # between the values of parameters on the ranks
         self._stepped = False  # or loaded
         self._check_every = 0  # steps
-        options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype)
+        options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype, ordered_sums)
         self._storage = Storage(self.process_group, options)
 
         def build() -> Manifest:
@@ -155,7 +159,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
         check_ranks_agree(self.process_group, build, self._device)
         Joinable.__init__(self)
-        self._prepare(Transports(self.process_group))
+        self._prepare(Transports(self.process_group, ordered_sums))
         self._plan.follow()
         self._plan.accept()
         self._plan.release_gradients()
@@ -565,6 +569,7 @@ class ZeroAdamW(ZeroAdam):
         master_dtype: torch.dtype | None = None,
         store_param_remainders: bool = False,
         state_dtype: torch.dtype | None = None,
+        ordered_sums: bool = False,
         hook: Hook | None = reduce_scatter_hook,
     ) -> None:
         super().__init__(
@@ -585,6 +590,7 @@ class ZeroAdamW(ZeroAdam):
             master_dtype=master_dtype,
             store_param_remainders=store_param_remainders,
             state_dtype=state_dtype,
+            ordered_sums=ordered_sums,
             hook=hook,
         )
 

@@ -35,6 +35,7 @@ class Options:
     master_dtype: torch.dtype | None = None
     store_param_remainders: bool = False
     state_dtype: torch.dtype | None = None
+    ordered_sums: bool = False
 
     def check(self) -> None:
         """Raise ValueError for values that are not supported."""

@@ -50,9 +50,25 @@ def late_rows(collective: Callable[..., Any], in_place: bool) -> Callable[..., A
     return start
 
 
+def late_all_to_all(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def start(output: Tensor, given: Tensor, received: Any, sent: Any, group: Any) -> SimpleNamespace:
+        result, copied = torch.empty_like(output), given.clone()
+        work = collective(result, copied, received, sent, group)
+        output.fill_(float("nan"))
+
+        def wait() -> None:
+            work.wait()
+            output.copy_(result)
+
+        return SimpleNamespace(wait=wait)
+
+    return start
+
+
 def install() -> None:
     """For the process in which it is called."""
     backend.all_gather_together = late(backend.all_gather_together, in_place=True)
     backend.reduce_scatter_together = late(backend.reduce_scatter_together, in_place=False)
+    backend.all_to_all = late_all_to_all(backend.all_to_all)
     backend.broadcast_rows = late_rows(backend.broadcast_rows, in_place=True)
     backend.reduce_rows = late_rows(backend.reduce_rows, in_place=False)

@@ -14,7 +14,7 @@ from zeroadam.layout.packing import adjoins
 from zeroadam.layout.rows import RowRules
 from zeroadam.reduce.grad_bucket import GradBucket
 from zeroadam.reduce.hook import Reduction
-from zeroadam.transport import Backend, backend
+from zeroadam.transport import Backend, OrderedBackend, backend
 
 SHAPES = [(101, 7), (40, 12), (3, 2), (127, 3, 3, 3), (), (7,), (6, 6, 6, 2), (2, 200), (1, 300)]
 
@@ -142,3 +142,55 @@ def collectives() -> None:
 
 def test_one_collective_for_each_bucket(run_ranks: Any) -> None:
     run_ranks(collectives, 2, transport="backend")
+
+
+def ordered(dtype: torch.dtype, kind: str) -> None:
+    """Beside one process that adds the gradients of all ranks up in rank order and in float32."""
+    Backend.rules = OrderedBackend.rules = RowRules(equal=True, direct_bytes=500, large_bytes=1000)
+    net, plain = Net().to(dtype), Net().to(dtype)
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=0.005)
+    optimizer = ZeroAdamW(model, lr=1e-2, fused=False, ordered_sums=True)
+    adamw = torch.optim.AdamW(plain.parameters(), lr=1e-2, fused=False)
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    expected = OrderedBackend if kind.endswith("backend") else object
+    assert isinstance(optimizer._transports.of(torch.device("cpu")), expected)
+    for step in range(3):
+        grads = []
+        for source in range(world_size):
+            torch.manual_seed(10 * step + source)
+            x = torch.randn(())
+            if source == rank:
+                model(x).backward()
+            adamw.zero_grad()
+            plain(x).backward()
+            grads.append([param.grad.float() for param in plain.parameters()])
+        for param, of_ranks in zip(plain.parameters(), zip(*grads, strict=True), strict=True):
+            total = of_ranks[0]
+            for grad in of_ranks[1:]:
+                total = total + grad
+            param.grad = total.to(dtype) / world_size
+        optimizer.step()
+        adamw.step()
+        optimizer.zero_grad()
+        for one, other in zip(net.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("transport", ["backend", "late backend", "sockets", "shared memory"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ordered_sums(run_ranks: Any, world_size: int, dtype: torch.dtype, transport: str) -> None:
+    run_ranks(ordered, world_size, dtype, transport, transport=transport)
+
+
+def other_sums() -> None:
+    model = DistributedDataParallel(nn.Linear(256, 256), gradient_as_bucket_view=True)
+    for ordered_sums in (False, True):
+        optimizer = ZeroAdamW(model.parameters(), ordered_sums=ordered_sums)
+        assert optimizer._transports.of(torch.device("cpu")).senders == (dist.get_world_size() if ordered_sums else 0)
+    with pytest.raises(RuntimeError, match="disagree on ordered_sums: "):
+        ZeroAdamW(model.parameters(), ordered_sums=dist.get_rank() == 0)
+
+
+def test_ranks_agree_on_ordered_sums(run_ranks: Any) -> None:
+    run_ranks(other_sums, 2, transport="backend")

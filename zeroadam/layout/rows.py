@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -41,6 +42,13 @@ class Rows:
         """All rows as one run of memory, where they are equal: [W * n]."""
         assert self.equal
         return self.memory[: self.pitch * len(self)]
+
+    def sent(self) -> Tensor:
+        """All rows one behind the other: [n], of the memory itself where there are no gaps."""
+        filled = [numel for numel in self.numels if numel]
+        if list(self.numels[: len(filled)]) == filled and all(numel == self.pitch for numel in filled[:-1]):
+            return self.memory[: sum(filled)]
+        return torch.cat(list(self))
 
     def others(self, rank: int) -> list[Tensor]:
         """The memory before and behind row `rank`, where rows follow each other."""

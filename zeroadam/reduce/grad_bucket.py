@@ -52,7 +52,7 @@ class GradBucket:
         self.memory_bytes = self.received_from + sum(self.received_numels) * dtype.itemsize
         self.memory: Tensor | None = None
         # Whether it must be finished before its staging memory is used again, or to make the sums.
-        self.staged = bool(self.packing.tensors) or not transport.sums_on_device
+        self.staged = self.memory_bytes > 0 or not transport.sums_on_device
         sizes = [
             dtype.itemsize * (row_numels[r] + sum(rows.numels[r] for rows in self.direct))
             for r in range(self.world_size)

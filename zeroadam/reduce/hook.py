@@ -226,29 +226,23 @@ class Reduction:
                 grads[param] = grad.as_strided(param.shape, param.stride()) if is_dense(param) else grad
         buffer = bucket.buffer()
         transport = self.transports.of(buffer.device)
-        staged = {id(param): self._staged_bytes(grad, wire_dtype, transport) for param, grad in grads.items()}
-        cap = WHOLE_BYTES if sum(staged.values()) <= WHOLE_BYTES else PART_BYTES
-        runs = split_by_size(list(grads), cap, lambda param: staged[id(param)])
+        nbytes = {id(param): self._staged_bytes(grad, wire_dtype, transport) for param, grad in grads.items()}
+        cap_bytes = WHOLE_BYTES if sum(nbytes.values()) <= WHOLE_BYTES else PART_BYTES
+        runs = split_by_size(list(grads), cap_bytes, lambda param: nbytes[id(param)])
         # One note for all parts: the gradients of a bucket share their version counter.
         own = [shard(grad, self.process_group.size(), self.process_group.rank()) for grad in grads.values()]
         strides = {id(param): grad.stride() for param, grad in grads.items()}
         reduced = Reduced(buffer.untyped_storage().data_ptr(), self.process_group.group_name, own, strides)
         return [
-            GradBucket(
-                params,
-                [grads[param] for param in params],
-                self.process_group,
-                transport,
-                wire_dtype,
-                reduced,
-            )
+            GradBucket(params, [grads[p] for p in params], self.process_group, transport, wire_dtype, reduced)
             for params in runs
         ]
 
     def _staged_bytes(self, grad: Tensor, wire_dtype: torch.dtype | None, transport: Transport) -> int:
         """What one gradient takes of the staging memory of its part, or of cache where the host makes the sums."""
         world_size, as_it_is = self.process_group.size(), wire_dtype in (None, grad.dtype)
-        if transport.sums_on_device and as_it_is and direct_rows(grad, world_size, transport.rules) is not None:
+        in_place = transport.sums_on_device and not transport.senders and as_it_is
+        if in_place and direct_rows(grad, world_size, transport.rules) is not None:
             return 0
         return staged_bytes(grad, world_size)
 

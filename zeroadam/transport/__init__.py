@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zeroadam.layout.rows import RowRules, Rows
 from zeroadam.transport.alone import Alone
-from zeroadam.transport.backend import Backend, backend_of, backends
+from zeroadam.transport.backend import Backend, OrderedBackend, backend_of, backends
 from zeroadam.transport.calls import BACKWARD, CHECK_CALLS, Calls, DisagreementError, RefusedError
 from zeroadam.transport.gloo import Gloo, GlooOnDevice
 from zeroadam.transport.headers import Headers
@@ -68,8 +68,12 @@ class Channel(Protocol):
         """Tell the other ranks that this one has failed half-way in a call. Does not wait, and does not raise."""
 
 
-def choose(process_group: dist.ProcessGroup, device: torch.device, calls: Calls) -> Transport:
+def choose(
+    process_group: dist.ProcessGroup, device: torch.device, calls: Calls, ordered_sums: bool = False
+) -> Transport:
     """The transport for tensors on a device. A collective.
+
+    ordered_sums: whether sums are taken in rank order and float32 whatever the backend.
 
     Raises:
         ValueError: the process group has no backend for them.
@@ -85,7 +89,9 @@ def choose(process_group: dist.ProcessGroup, device: torch.device, calls: Calls)
             channel = Gloo(process_group, calls)
         elif backend != "gloo":
             channel = Headers(process_group, device, calls, waits=device.type == "cpu")
-        return GlooOnDevice(process_group, channel) if backend == "gloo" else Backend(process_group, channel)
+        if backend == "gloo":
+            return GlooOnDevice(process_group, channel)
+        return (OrderedBackend if ordered_sums else Backend)(process_group, channel)
     return open_shared_memory(process_group, calls) or Gloo(process_group, calls)
 
 
@@ -97,14 +103,14 @@ def row_rules(backend: str, world_size: int) -> RowRules:
 class Transports:
     """The transports of one process group, by device type, and the calls in which they are used."""
 
-    def __init__(self, process_group: dist.ProcessGroup) -> None:
-        self.process_group, self.calls = process_group, Calls()
+    def __init__(self, process_group: dist.ProcessGroup, ordered_sums: bool = False) -> None:
+        self.process_group, self.ordered_sums, self.calls = process_group, ordered_sums, Calls()
         self._chosen: dict[str, Transport] = {}
 
     def of(self, device: torch.device) -> Transport:
         """That for tensors on a device. A collective the first time for each type."""
         if device.type not in self._chosen:
-            self._chosen[device.type] = choose(self.process_group, device, self.calls)
+            self._chosen[device.type] = choose(self.process_group, device, self.calls, self.ordered_sums)
         return self._chosen[device.type]
 
     def begin(self, kind: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, ReduceScatterOptions
@@ -66,6 +67,69 @@ class Backend:
         return start
 
 
+class OrderedBackend(Backend):
+    """A backend whose sums are taken here, in rank order and in float32, after an all-to-all."""
+
+    same_on_all_ranks = True
+
+    def __init__(self, process_group: dist.ProcessGroup, channel: Any = None) -> None:
+        super().__init__(process_group, channel)
+        self.senders = process_group.size()
+
+    def prepare_reduce(
+        self, exchanges: Sequence[Rows], scratch: Sequence[Sequence[Tensor]]
+    ) -> Callable[[], Callable[[], list[Tensor]]]:
+        return prepare_ordered_reduce(self.process_group, exchanges, scratch)
+
+
+def prepare_ordered_reduce(
+    process_group: dist.ProcessGroup, exchanges: Sequence[Rows], scratch: Sequence[Sequence[Tensor]]
+) -> Callable[[], Callable[[], list[Tensor]]]:
+    """`Transport.prepare_reduce` by an all-to-all. scratch: W rows for each exchange, one behind the other."""
+    rank = process_group.rank()
+    own_rows = [rows[rank] for rows in exchanges]
+    gathered = [
+        received[0].as_strided((len(received) * own.numel(),), (1,))
+        for own, received in zip(own_rows, scratch, strict=True)
+    ]
+
+    def start() -> Callable[[], list[Tensor]]:
+        works = [
+            all_to_all(output, rows.sent(), [rows.numels[rank]] * len(rows), list(rows.numels), process_group)
+            for output, rows in zip(gathered, exchanges, strict=True)
+        ]
+
+        def finish() -> list[Tensor]:
+            wait_for(works)
+            return [
+                sum_rows(own, [*received[:rank], *received[rank + 1 :]], rank)
+                for own, received in zip(own_rows, scratch, strict=True)
+            ]
+
+        return finish
+
+    return start
+
+
+def sum_rows(own: Tensor, received: Sequence[Tensor], rank: int) -> Tensor:
+    """The sum over all ranks, in rank order and at least float32: [n] of every rank -> [n].
+
+    Overwrites `own`, or else `received`, and returns the one with the sum, or a float32 tensor for a lower precision.
+    """
+    rows = [*received[:rank], own, *received[rank:]]
+    if not received:
+        return own
+    if own.itemsize < 4:
+        total = rows[0].float()
+        for row in rows[1:]:
+            total += row
+        return total
+    total = rows[0]
+    for source, row in enumerate(rows[1:], start=1):
+        total = torch.add(total, row, out=own if source >= rank else total)
+    return total
+
+
 def all_gather_together(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], process_group: dist.ProcessGroup
 ) -> dist.Work:
@@ -82,6 +146,14 @@ def reduce_scatter_together(
     options = ReduceScatterOptions()
     options.asyncOp = True
     return process_group.reduce_scatter_tensor_coalesced(list(outputs), list(inputs), options)
+
+
+def all_to_all(
+    output: Tensor, given: Tensor, received: list[int], sent: list[int], process_group: dist.ProcessGroup
+) -> dist.Work | None:
+    """The rows of all ranks for this one; `received` and `sent` are their numbers of elements."""
+    work: dist.Work | None = dist.all_to_all_single(output, given, received, sent, group=process_group, async_op=True)
+    return work
 
 
 def broadcast_rows(rows: Sequence[Tensor], process_group: dist.ProcessGroup) -> list[dist.Work]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zeroadam.layout.rows import RowRules, Rows
-from zeroadam.transport.backend import DIRECT_BYTES, backends, wait_for
+from zeroadam.transport.backend import DIRECT_BYTES, backends, prepare_ordered_reduce, sum_rows, wait_for
 from zeroadam.transport.calls import FAILED, MAX_REFUSALS, REFUSED, Calls, Header, digest_of, layout_digest
 
 # Larger messages between two hosts tend to go one direction at a time.
@@ -145,8 +145,7 @@ class GlooOnDevice:
     sums_on_device = False
 
     def __init__(self, process_group: dist.ProcessGroup, channel: Any = None) -> None:
-        self.process_group, self.channel = process_group, channel
-        self.rank, self.senders = process_group.rank(), process_group.size() - 1
+        self.process_group, self.channel, self.senders = process_group, channel, process_group.size()
 
     def prepare_gather(self, exchanges: Sequence[Rows]) -> Callable[[], list[Callable[[], None]]]:
         def start(rows: Rows) -> Callable[[], None]:
@@ -162,42 +161,7 @@ class GlooOnDevice:
     def prepare_reduce(
         self, exchanges: Sequence[Rows], scratch: Sequence[Sequence[Tensor]]
     ) -> Callable[[], Callable[[], list[Tensor]]]:
-        def exchange(rows: Rows, received: Sequence[Tensor]) -> Tensor:
-            own = rows[self.rank]
-            gathered = own.new_empty(len(rows) * own.numel())
-            sent = torch.cat(list(rows))
-            dist.all_to_all_single(
-                gathered, sent, [own.numel()] * len(rows), list(rows.numels), group=self.process_group
-            )
-            parts = list(gathered.view(len(rows), -1))
-            for row, part in zip(received, parts[: self.rank] + parts[self.rank + 1 :], strict=True):
-                row.copy_(part)
-            return own
-
-        def start() -> Callable[[], list[Tensor]]:
-            own = [exchange(rows, received) for rows, received in zip(exchanges, scratch, strict=True)]
-            return lambda: [sum_rows(row, received, self.rank) for row, received in zip(own, scratch, strict=True)]
-
-        return start
-
-
-def sum_rows(own: Tensor, received: Sequence[Tensor], rank: int) -> Tensor:
-    """The sum over all ranks, in rank order and at least float32: [n] of every rank -> [n].
-
-    Overwrites `own`, or else `received`, and returns the one with the sum, or a float32 tensor for a lower precision.
-    """
-    rows = [*received[:rank], own, *received[rank:]]
-    if not received:
-        return own
-    if own.itemsize < 4:
-        total = rows[0].float()
-        for row in rows[1:]:
-            total += row
-        return total
-    total = rows[0]
-    for source, row in enumerate(rows[1:], start=1):
-        total = torch.add(total, row, out=own if source >= rank else total)
-    return total
+        return prepare_ordered_reduce(self.process_group, exchanges, scratch)
 
 
 def gather_to(piece: Tensor, pieces: Sequence[Tensor], to: int, process_group: dist.ProcessGroup) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zeroadam.layout.rows import Rows
-from zeroadam.transport.gloo import sum_rows
+from zeroadam.transport.backend import sum_rows
 
 
 class Message:
