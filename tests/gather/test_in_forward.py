@@ -11,6 +11,7 @@ import random
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from zeroadam import ZeroAdamW, reduce_scatter_hook
+from zeroadam.gather import param_bucket
+from zeroadam.gather.gathers import Gathers
 from zeroadam.layout.rows import Rows
+from zeroadam.report import Meter
 from zeroadam.transport import shared_memory
 from zeroadam.transport.gloo import Gloo
 
@@ -376,3 +380,39 @@ def with_buffers() -> None:
 @pytest.mark.parametrize("transport", ["backend", "sockets"])
 def test_buffers_that_queue_behind_the_gathers_are_named(run_ranks: Any, transport: str) -> None:
     run_ranks(with_buffers, 2, transport=transport)
+
+
+def test_each_stream_that_reads_a_parameter_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where the first reader's wait does not hold the others up."""
+    events: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def record_event(self) -> str:
+            events.append(f"{self.name} has it")
+            return "event"
+
+        def wait_event(self, event: str) -> None:
+            assert event == "event"
+            events.append(f"{self.name} waits")
+
+    streams = {name: Stream(name) for name in ("first", "other")}
+    gather = param_bucket.Gather([nn.Parameter(torch.ones(2))], lambda: events.append("arrived"), None)
+    for name in ("first", "first", "other"):
+        monkeypatch.setattr(param_bucket, "current_stream", lambda _, name=name: streams[name])
+        gather.finish()
+    assert events == ["arrived", "first has it", "other waits"]
+
+
+def test_elsewhere_than_on_the_cpu_a_gather_waits_for_readers_until_the_next_step() -> None:
+    gathers, finished = Gathers(Meter()), []
+    for device in ("cpu", "meta"):
+        param = nn.Parameter(torch.ones(2, device=device))
+        gathers.waiting[param] = SimpleNamespace(finish=lambda device=device: finished.append(device))  # type: ignore
+        gathers.finish_of([param])
+        gathers.finish_of([param])
+    gathers.finish()
+    assert finished == ["cpu", "meta", "meta", "meta"]
+    assert not gathers.waiting

@@ -51,12 +51,15 @@ class Gathers:
 
     @torch.no_grad()
     def finish_of(self, params: Iterable[Tensor]) -> None:
-        """Finish the gathers of some parameters."""
+        """Finish the gathers of some parameters, on the CPU for all readers, elsewhere for the current stream."""
         for param in params:
-            if (gather := self.waiting.pop(param, None)) is not None:
+            if (gather := self.waiting.get(param)) is not None:
+                if param.is_cpu:
+                    del self.waiting[param]
                 with self.meter.phase("all_gather"):
                     gather.finish()
 
     def finish(self) -> None:
         """Finish all gathers."""
         self.finish_of(list(self.waiting))
+        self.waiting.clear()

@@ -74,17 +74,30 @@ class ParamBucket:
 
 
 class Gather:
-    """Parameters [d0, ...] of which the other ranks' pieces are on their way; `finish` may be called again."""
+    """Parameters [d0, ...] of which the other ranks' pieces are on their way.
+
+    `finish` may be called again: on a GPU each stream that reads them has to wait.
+    """
 
     def __init__(self, params: Sequence[Tensor], wait: Callable[[], None], unpack: Callable[[], None] | None) -> None:
         self.params, self.wait, self.unpack, self.done = params, wait, unpack, False
 
     def finish(self) -> None:
+        stream = current_stream(self.params[0].device)
         if not self.done:
             self.done = True
             self.wait()
             if self.unpack is not None:
                 self.unpack()
+            if stream is not None:
+                self.stream, self.arrived = stream, stream.record_event()
+        elif stream is not None and stream != self.stream:
+            stream.wait_event(self.arrived)
+
+
+def current_stream(device: torch.device) -> torch.Stream | None:
+    """That on which operators on a device are launched now; None on the CPU, which has none."""
+    return None if device.type == "cpu" else torch.accelerator.current_stream(device)
 
 
 def make_buckets(
