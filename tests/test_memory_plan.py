@@ -64,7 +64,8 @@ def counted(dtype: torch.dtype, options: dict[str, Any], *, hook: bool) -> tuple
     model = gpt(dtype)
     parameters = live_bytes() - before
     optimizer = ZeroAdamW(model.parameters(), **options)
-    planned = plan(model.parameters(), dist.get_world_size(), backend="gloo", **options)[dist.get_rank()]
+    backend = "gloo" if dist.get_backend() == "gloo" else "nccl"
+    planned = plan(model.parameters(), dist.get_world_size(), backend=backend, **options)[dist.get_rank()]
     wanted = planned.moments + planned.master + planned.steps + planned.staging
     deadline = time.monotonic() + 10
     while (held := live_bytes() - before - parameters) != wanted and time.monotonic() < deadline:
@@ -99,10 +100,10 @@ def counted(dtype: torch.dtype, options: dict[str, Any], *, hook: bool) -> tuple
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_planned_bytes_are_allocated_bytes(run_ranks: Any, world_size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("world_size", "transport"), [(1, "sockets"), (2, "sockets"), (4, "sockets"), (2, "backend")])
+def test_planned_bytes_are_allocated_bytes(run_ranks: Any, world_size: int, transport: str, dtype: torch.dtype) -> None:
     """In every precision there is, of every rank."""
-    for rows in zip(*run_ranks(count_all, world_size, dtype), strict=True):
+    for rows in zip(*run_ranks(count_all, world_size, dtype, transport=transport), strict=True):
         for planned, found in rows:
             assert planned == found
 
