@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "zeroadam"
 # Each line may import those above it, and itself.
 LAYERS = [
     {"layout", "_compat", "report"},
-    {"transport", "update"},
+    {"transport", "update", "untrusted"},
     {"reduce", "gather", "options"},
     {"state"},
     {"step_plan"},
@@ -96,6 +96,15 @@ def test_private_names_are_there(run_ranks: Any) -> None:
 def look_for_private_names() -> None:
     joinable = ZeroAdamW([torch.nn.Parameter(torch.ones(1))])  # the attributes of one that torch itself sets
     backend = dist.group.WORLD._get_backend(torch.device("cpu"))
-    holders = (torch, torch._C, torch.Tensor, torch.autograd.Variable, dist, dist.group.WORLD, backend.options)
+    holders = (
+        torch,
+        torch._C,
+        torch.Tensor,
+        torch.autograd.Variable,
+        dist,
+        dist.checkpoint,
+        dist.group.WORLD,
+        backend.options,
+    )
     for name in _compat.PRIVATE:
         assert any(hasattr(holder, name) for holder in (*holders, joinable, torch.amp.GradScaler("cpu"))), name

@@ -9,11 +9,11 @@ import math
 import os
 import zipfile
 from collections import Counter
+from collections.abc import Collection, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -24,7 +24,10 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from zeroadam.state.agreement import Manifest, check_ranks_agree, joined_group
 from zeroadam.state.state_dict import local_of
+from zeroadam.untrusted import Planner, Reader, UnsafeError, load_object
 from zeroadam.update.master import MASTERS
+
+NOTHING = object()
 
 
 def load(
@@ -51,7 +54,8 @@ def load(
 
     def check() -> Manifest:
         metadata = read_metadata(checkpoint_id)
-        check_files(checkpoint_id, metadata, part=group.rank(), parts=group.size())
+        wanted = {fqn for fqn, path in metadata.planner_data.items() if _find(plain, path) is not NOTHING}
+        check_files(checkpoint_id, metadata, wanted, part=group.rank(), parts=group.size())
         _check_param_groups(plain, checkpoint_id, metadata)
         return {"what is in the checkpoint (do all see the same folder?)": f"{len(metadata.storage_data)} entries"}
 
@@ -60,9 +64,12 @@ def load(
 
 
 def read(state_dict: dict[str, Any], folder: str | os.PathLike[str], **options: Any) -> None:
-    """`torch.distributed.checkpoint.load`, whose own exception `except Exception` would not catch."""
+    """`torch.distributed.checkpoint.load`, whose own exception `except Exception` would not catch.
+
+    options: with a planner that is a `zeroadam.untrusted.Planner`.
+    """
     try:
-        dcp.load(state_dict, checkpoint_id=folder, **options)
+        dcp.load(state_dict, storage_reader=Reader(folder), **options)
     except CheckpointException as failed:
         rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
         raise RuntimeError(f"{folder} does not fit, says rank {rank}: {error}") from None
@@ -73,14 +80,15 @@ def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
     if not (Path(folder) / ".metadata").is_file():
         raise ValueError(f"{folder} holds no checkpoint of torch.distributed.checkpoint: it has no file .metadata")
     try:
-        metadata = dcp.FileSystemReader(folder).read_metadata()
-        assert isinstance(metadata, Metadata)
+        metadata = Reader(folder).read_metadata()
         ends = Counter[str]()
         for info in metadata.storage_data.values():
             ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
         for file, end in ends.items():
             if (size := (Path(folder) / file).stat().st_size) < end:
                 raise ValueError(f"{file} has {size:,} bytes of at least {end:,}")
+    except UnsafeError:
+        raise
     except Exception as error:  # whatever a damaged pickle may lead to
         raise ValueError(f"{folder} is damaged: {error}") from None
     if metadata.planner_data is None:
@@ -88,11 +96,15 @@ def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
     return metadata
 
 
-def check_files(folder: str | os.PathLike[str], metadata: Metadata, *, part: int = 0, parts: int = 1) -> None:
+def check_files(
+    folder: str | os.PathLike[str], metadata: Metadata, wanted: Collection[str], *, part: int = 0, parts: int = 1
+) -> None:
     """Compare the checksums of every `parts`-th entry of a checkpoint, from `part` on, with what is in its files.
 
+    wanted: the entries that are going to be loaded; objects in others are not unpickled.
+
     Raises:
-        ValueError: a file is missing, cut short or damaged.
+        ValueError: a file is missing, cut short or damaged; UnsafeError: an object could run code.
     """
     for index in sorted(metadata.storage_data, key=repr)[part::parts]:
         is_tensor = isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata)
@@ -100,7 +112,10 @@ def check_files(folder: str | os.PathLike[str], metadata: Metadata, *, part: int
             entry = _entry(folder, metadata, index)
             damaged = zipfile.ZipFile(entry).testzip()
             entry.seek(0)
-            torch.load(entry, map_location="cpu", weights_only=is_tensor)  # checksums do not cover the zip headers
+            if is_tensor or index.fqn in wanted:  # checksums do not cover the zip headers
+                load_object(entry, index.fqn)
+        except UnsafeError:
+            raise
         except Exception as error:  # whatever damaged headers may lead to
             raise ValueError(f"{folder} is damaged, in {index.fqn}: {error}") from None
         if damaged is not None:
@@ -120,22 +135,28 @@ def _check_param_groups(state_dict: dict[str, Any], folder: str | os.PathLike[st
     for fqn, path in metadata.planner_data.items():
         if path[-3:-2] != ("param_groups",) or path[-1] != "params" or not isinstance(path[-2], int):
             continue
-        optimizer: Any = state_dict
-        try:
-            for key in path[:-3]:
-                optimizer = optimizer[key]
-            groups = optimizer["param_groups"]
-        except (KeyError, TypeError):  # not among what is being loaded
+        if (groups := _find(state_dict, path[:-2])) is NOTHING:  # not among what is being loaded
             continue
         if path[-2] >= len(groups):
             raise ValueError(f"{folder} has more than the {len(groups)} param groups of the optimizer")
-        saved = torch.load(_entry(folder, metadata, MetadataIndex(fqn)), weights_only=True)
+        saved = load_object(_entry(folder, metadata, MetadataIndex(fqn)), fqn)
         for theirs, ours in zip_longest(saved, groups[path[-2]]["params"], fillvalue="no parameter"):
             if theirs != ours:
                 raise ValueError(f"group {path[-2]} in {folder} has {theirs} where that of the optimizer has {ours}")
 
 
-class _Strict(dcp.DefaultLoadPlanner):
+def _find(state_dict: dict[str, Any], path: Sequence[str | int]) -> Any:
+    """What is at a place in nested dicts and lists, or NOTHING."""
+    found: Any = state_dict
+    try:
+        for key in path:
+            found = found[key if not isinstance(found, dict) or key in found else int(key)]
+    except (LookupError, TypeError, ValueError):
+        return NOTHING
+    return found
+
+
+class _Strict(Planner):
     """torch's planner looks for missing entries and other shapes; this one for other dtypes and gaps as well.
 
     It leaves masters out that were not saved: the optimizer makes them from the parameters then.

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from zeroadam.checkpoint import check_files, read, read_metadata
 from zeroadam.plain_file import write_beside
+from zeroadam.untrusted import Planner
 from zeroadam.update.master import MASTERS, convert
 from zeroadam.update.rounding import dequantize_entry
 
@@ -80,7 +81,7 @@ class Contents:
                 values[fqn] = None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            read(values, self.folder, no_dist=True)
+            read(values, self.folder, planner=Planner(), no_dist=True)
         return values
 
     def nbytes(self, fqns: Any) -> int:
@@ -93,13 +94,10 @@ def export(folder: Path, file: Path) -> None:
     If there are float32 copies of parameters, they are its "master", by the names of the parameters.
     """
     contents = Contents(folder)
-    check_files(folder, contents.metadata)
-    values = contents.read(
-        [
-            *contents.model.values(),
-            *(fqn for entries in (*contents.groups.values(), *contents.state.values()) for fqn in entries.values()),
-        ]
-    )
+    places = [contents.model, *contents.groups.values(), *contents.state.values()]
+    wanted = [fqn for some in places for fqn in some.values()]
+    check_files(folder, contents.metadata, wanted)
+    values = contents.read(wanted)
     ids = {param: index for index, param in enumerate(chain.from_iterable(contents.params))}
     groups = []
     for (_, entries), params in zip(sorted(contents.groups.items()), contents.params, strict=True):
