@@ -189,7 +189,9 @@ def main() -> None:
         metavar="MODEL",
         help=f"without torchrun or GPU: count: {', '.join(MODELS)}",
     )
-    parser.add_argument("--world-size", nargs="+", type=int, default=[8, 64, 512], help="with --launches")
+    parser.add_argument(
+        "--world-size", nargs="+", type=benchmark_launches.several, default=[8, 64, 512], help="with --launches"
+    )
     benchmark_launches.add_arguments(parser)
     parser.add_argument("--alone", choices=installed(), metavar="NAME", help="train with one implementation alone")
     parser.add_argument("--store", help=argparse.SUPPRESS)

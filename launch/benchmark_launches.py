@@ -10,6 +10,7 @@ bytes at the memory's bandwidth, each operator a launch. See `benchmark.py --hos
 import argparse
 import contextlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -213,11 +214,31 @@ def table(models: list[str], world_sizes: list[int], constants: argparse.Namespa
             }
 
 
+def amount(text: str) -> float:
+    """0 or more."""
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+def positive(text: str) -> float:
+    if not amount(text):
+        raise ValueError
+    return float(text)
+
+
+def several(text: str) -> int:
+    """A number of ranks that have something to send."""
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError(f"at least 2 ranks have something to send, not {text}")
+    return int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     constants = parser.add_argument_group("the constants of the estimate of --launches")
-    constants.add_argument("--latency", type=float, default=3, metavar="US", help="microseconds between neighbours")
-    constants.add_argument("--bandwidth", type=float, default=50, metavar="GB/s", help="of each rank's link")
-    constants.add_argument("--memory", type=float, default=2.5, metavar="TB/s", help="of a GPU's memory")
-    constants.add_argument("--teraflops", type=float, default=400, help="that the matrix products reach")
-    constants.add_argument("--tokens", type=int, default=16384, help="per rank and step")
-    constants.add_argument("--launch", type=float, default=4, metavar="US", help="microseconds for each operator")
+    constants.add_argument("--latency", type=amount, default=3, metavar="US", help="microseconds between neighbours")
+    constants.add_argument("--bandwidth", type=positive, default=50, metavar="GB/s", help="of each rank's link")
+    constants.add_argument("--memory", type=positive, default=2.5, metavar="TB/s", help="of a GPU's memory")
+    constants.add_argument("--teraflops", type=positive, default=400, help="that the matrix products reach")
+    constants.add_argument("--tokens", type=positive, default=16384, help="per rank and step")
+    constants.add_argument("--launch", type=amount, default=4, metavar="US", help="microseconds for each operator")

@@ -487,6 +487,8 @@ def main() -> None:
         except SkippedError as reason:
             print(f"skipped: {reason}")
         return
+    if not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
     where = torch.cuda.get_device_name() if CUDA else "no GPU"
     lines = [f"torch {torch.__version__}, {where}, {torch.cuda.device_count()} GPUs"]
     print(lines[0], flush=True)

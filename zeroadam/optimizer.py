@@ -59,7 +59,7 @@ from zeroadam.state.state_dict import (
 from zeroadam.state.storage import Storage, choose_kernel
 from zeroadam.step_plan import StepPlan
 from zeroadam.transport import Transports
-from zeroadam.transport.calls import STEP, DisagreementError, digest_of
+from zeroadam.transport.calls import LOOK, STEP, DisagreementError, digest_of
 from zeroadam.update.hyperparameters import refuse_capture
 
 
@@ -275,6 +275,16 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             raise
         plan.accept(for_step=call == STEP)
 
+    def _meet(self, what: str) -> None:
+        """Meet the other ranks in a call that is neither backward nor step; raises if they are in another one."""
+        self._transports.begin(LOOK)
+        self._transports.calls.digest = digest_of(what)
+        try:
+            self._transports.meet()
+        except DisagreementError:
+            check_ranks_agree(self.process_group, lambda: {"the call": what}, self._device)
+            raise
+
     @contextlib.contextmanager
     def _ends_together(self) -> Iterator[None]:
         """For what has to end on all ranks: an error on one of them ends it on the others as well."""
@@ -381,6 +391,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             self._add_valid(param_group)
             return
         self._gathers.finish()
+        self._meet("add_param_group()")
         before = len(self.param_groups)
 
         def add() -> Manifest:
@@ -464,6 +475,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         """
         refuse_in_join(self, "consolidate_state_dict()")
         self._gathers.finish()
+        self._meet("consolidate_state_dict()")
         targets = range(self.world_size) if to == "all" else [to]
         whole: dict[Any, Any] | None = None
 
@@ -509,6 +521,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             return loading.copy()
 
         self._gathers.finish()
+        self._meet("load_state_dict()")
         hook = self.register_load_state_dict_pre_hook(take_over)
         try:
             super().load_state_dict(state_dict)

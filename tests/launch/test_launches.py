@@ -27,6 +27,13 @@ def test_sizes_are_those_that_the_models_are_known_for(model: str, millions: int
     assert round(sum(param.numel() for param in parameters(model)) / 1e6) == millions
 
 
+@pytest.mark.parametrize("wrong", ["--bandwidth=0", "--bandwidth=-5", "--latency=nan", "--tokens=-5", "--memory=inf"])
+def test_constants_that_are_none(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        constants(wrong)
+    assert "invalid" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_counts_grow_with_buckets_and_with_nothing_else(model: str) -> None:
     """One collective for each bucket of ours and of DDP's, and one for each tensor that ranks share unequally."""

@@ -43,7 +43,10 @@ def test_a_check_that_fails_is_named(tmp_path: Path) -> None:
     assert "AssertionError: differs by" in out.read_text()
 
 
-def test_an_unknown_check_is_refused(tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    done = verify(tmp_path / "nowhere" / "table.txt", "two ranks on one gpu")
+    assert done.returncode == 2
+    assert "there is no folder" in done.stderr.splitlines()[-1]
     done = verify(tmp_path / "table.txt", "everything")
     assert done.returncode == 2
     assert "invalid choice: 'everything'" in done.stderr

@@ -397,33 +397,70 @@ def test_gradients_that_add_up_in_join_are_refused(run_ranks) -> None:
     run_ranks(refused_sums_in_join, 2)
 
 
-def sums_around_join() -> None:
+def sums_around_join(before: int, stepped: bool) -> None:
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(3, 4), gradient_as_bucket_view=True)
     optimizer = ZeroAdamW(model, **ADAMW)
 
-    def step(zero: bool = True) -> None:
+    def step() -> None:
         model(torch.randn(5, 3)).square().mean().backward()
         optimizer.step()
-        if zero:
-            optimizer.zero_grad()
 
-    step()
-    step()
-    with Join([model, optimizer]):
+    for _ in range(before):
         step()
-    sums = optimizer.reduction.sums_in_join.sums
-    noted = dict(sums)
-    assert noted
-    step(zero=False)
-    assert sums == noted  # outside nobody needs more of them
+        optimizer.zero_grad()
+    model(torch.randn(5, 3)).square().mean().backward()
+    if stepped:
+        optimizer.step()
     message = r"in Join a backward would add to gradients|rank \d of the process group failed"
     with pytest.raises(RuntimeError, match=message), Join([model, optimizer]):
         step()
 
 
-def test_sums_from_before_join_are_refused_in_it_and_none_are_taken_outside(run_ranks) -> None:
-    run_ranks(sums_around_join, 2)
+@pytest.mark.parametrize("before", [0, 1, 2])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_sums_from_before_join_are_refused_in_it(run_ranks, before: int, stepped: bool) -> None:
+    """Before DDP has rebuilt its buckets, and after."""
+    run_ranks(sums_around_join, 2, before, stepped)
+
+
+def scaled_in_join(scale: str) -> None:
+    model = DistributedDataParallel(nn.Linear(3, 4), gradient_as_bucket_view=True)
+    optimizer = ZeroAdamW(model, **ADAMW)
+
+    def train() -> None:
+        with Join([model, optimizer]):
+            for _ in range(1 + 2 * dist.get_rank()):
+                model(torch.randn(5, 3)).square().mean().backward()
+                optimizer.step()
+                for param in model.parameters():
+                    {"half": param.grad.mul_, "data": param.grad.data.mul_}[scale](0.5)
+
+    message = r"in Join a backward would add to gradients|rank \d of the process group failed"
+    with pytest.raises(RuntimeError, match=message):
+        train()
+
+
+@pytest.mark.parametrize("scale", ["half", "data"])
+def test_sums_that_were_scaled_and_not_zeroed_are_refused_in_join(run_ranks, scale: str) -> None:
+    run_ranks(scaled_in_join, 2, scale)
+
+
+def not_in_join() -> None:
+    model = DistributedDataParallel(nn.Linear(3, 4), gradient_as_bucket_view=True)
+    optimizer = ZeroAdamW(model, **ADAMW)
+    for inside in (False, True, False):
+        with Join([model, optimizer]) if inside else nullcontext():
+            for micro in range(3):
+                if inside:
+                    optimizer.zero_grad(set_to_none=micro == 1)
+                model(torch.randn(5, 3)).square().mean().backward()
+                optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_gradients_may_add_up_outside_of_join(run_ranks) -> None:
+    run_ranks(not_in_join, 2)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

@@ -357,3 +357,46 @@ def refuse_often() -> None:
 @pytest.mark.parametrize("transport", ["shared memory", "sockets"])
 def test_a_loop_that_is_always_refused_ends_and_can_go_on(run_ranks: Any, transport: str) -> None:
     run_ranks(refuse_often, 2, transport=transport)
+
+
+def another_collective(name: str) -> None:
+    net = nn.Linear(3, 4)
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    optimizer = ZeroAdamW(model)
+    for _ in range(2):
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = optimizer.state_dict(sharded=True)
+    others: dict[str, Any] = {
+        "consolidate_state_dict": optimizer.consolidate_state_dict,
+        "load_state_dict": lambda: optimizer.load_state_dict(saved),
+        "add_param_group": lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]}),
+    }
+    start = time.monotonic()
+    with pytest.raises(
+        RuntimeError, match=r"out of step: rank 0 in step\(\) 3; rank 1 in clip_grad_norm_\(\) or the like 1"
+    ):
+        others[name]() if dist.get_rank() == 1 else optimizer.step()
+    assert time.monotonic() - start < 5
+    first, *_ = others
+    with pytest.raises(RuntimeError, match="an earlier call has failed"):
+        others[first]()
+
+
+@pytest.mark.parametrize("transport", ["shared memory", "sockets", "backend"])
+@pytest.mark.parametrize("name", ["consolidate_state_dict", "load_state_dict", "add_param_group"])
+def test_another_collective_on_one_rank_while_the_others_step(run_ranks: Any, name: str, transport: str) -> None:
+    run_ranks(another_collective, 2, name, transport=transport)
+
+
+def other_collectives() -> None:
+    optimizer = ZeroAdamW([nn.Parameter(torch.ones(3))])
+    saved = optimizer.state_dict(sharded=True)
+    with pytest.raises(RuntimeError, match=r"disagree on the call: consolidate_state_dict\(\) on rank 0; load_state"):
+        optimizer.load_state_dict(saved) if dist.get_rank() == 1 else optimizer.consolidate_state_dict()
+    optimizer.consolidate_state_dict()  # nothing had changed
+
+
+def test_two_collectives_at_once(run_ranks: Any) -> None:
+    run_ranks(other_collectives, 2)

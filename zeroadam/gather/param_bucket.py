@@ -96,8 +96,8 @@ class Gather:
 
 
 def current_stream(device: torch.device) -> torch.Stream | None:
-    """That on which operators on a device are launched now; None on the CPU, which has none."""
-    return None if device.type == "cpu" else torch.accelerator.current_stream(device)
+    """That on which operators on a device are launched now; None where there are none."""
+    return None if device.type in ("cpu", "meta") else torch.accelerator.current_stream(device)
 
 
 def make_buckets(

@@ -10,6 +10,7 @@ complete from the start: it only tells DDP where the gradients are, which is whe
 
 import contextlib
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -93,9 +94,7 @@ class Reduction:
         owner: the optimizer with which the hook was registered.
         """
         joined, backward = in_join(owner), current_graph_task_id()
-        self.sums_in_join.active = joined
-        if joined and backward != -1:
-            self.sums_in_join.guard(bucket.parameters(), owner)
+        self.sums_in_join.owner = weakref.ref(owner) if joined else None
         if backward != -1:
             parts = self.known.get(bucket.buffer().data_ptr()) or self._know(bucket, owner, wire_dtype)
             if backward != self.backward:
@@ -135,7 +134,7 @@ class Reduction:
                 self._finish_first()
         for part in self.finished:
             part.remember()
-            self.sums_in_join.note(part.params, part.grads)
+            self.sums_in_join.note(part.params)
         self.finished.clear()
         self.started = 0
 
@@ -170,12 +169,6 @@ class Reduction:
         """The bytes of the DDP buckets that are known; DDP holds those that it still uses itself."""
         buffers = {address: parts[0].grads[0].untyped_storage().nbytes() for address, parts in self.known.items()}
         return sum(buffers.values())
-
-    def enter_join(self, owner: Owner) -> None:
-        """Look at the sums that are in p.grad when `Join` begins."""
-        self.sums_in_join.enter(
-            [[param for part in parts for param in part.params] for parts in self.known.values()], owner
-        )
 
     def take_joined(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters and gradients that came to this rank without inputs since the last call."""

@@ -1,6 +1,8 @@
 """Uneven inputs: a rank that has run out of them still owns pieces, and updates them while the others go on."""
 
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +22,7 @@ class StepAlong(JoinHook):
                 "its process group"
             )
         self.optimizer = optimizer
-        optimizer.reduction.enter_join(optimizer)
+        optimizer.reduction.sums_in_join.enter(optimizer)
 
     def main_hook(self) -> None:
         """Called for every iteration of the others, after the model's own shadow of it."""
@@ -66,35 +68,37 @@ class SumsInJoin:
     """
 
     def __init__(self, fail: Callable[[str], Any]) -> None:
-        self.fail, self.active = fail, False  # whether the last backward was in `Join`
-        self.sums: dict[int, Tensor] = {}  # what the hook left in p.grad adds up to, by the id of the parameter
-        self._guarded = WeakTensorKeyDictionary()  # the first parameter of each bucket
+        self.fail = fail
+        self.owner: weakref.ref[Owner] | None = None  # the optimizer of the last backward, if that was in `Join`
+        self._summed: set[int] = set()  # ids of the parameters whose gradients were summed and not looked at since
+        self._guarded = WeakTensorKeyDictionary()
 
-    def enter(self, buckets: Iterable[Sequence[Tensor]], owner: Owner) -> None:
-        """Note the sums that are there when `Join` begins. buckets: their parameters."""
-        self.sums.clear()
-        for params in buckets:
-            self.guard(params, owner)
-            for param in params:
-                reduced = reduced_of(param)
-                if param.grad is not None and reduced is not None and reduced.still_in(param.grad):
-                    self.sums[id(param)] = param.grad.sum()
+    def enter(self, owner: Owner) -> None:
+        """Note the sums that are there when `Join` begins."""
+        self._summed.clear()
+        self.owner = weakref.ref(owner)
+        for param in [param for group in owner.param_groups for param in group["params"]]:
+            reduced = reduced_of(param)
+            if param.grad is not None and reduced is not None and reduced.still_in(param.grad):
+                self.note([param])
 
-    def note(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Note what a backward has left, if it was in `Join`."""
-        if self.active:
-            self.sums |= {id(param): grad.sum() for param, grad in zip(params, grads, strict=True)}
+    def note(self, params: Sequence[Tensor]) -> None:
+        """Note which gradients a backward in `Join` has left as sums."""
+        if self.owner is None:
+            return
+        self._summed.update(map(id, params))
+        for param in params:
+            if param.requires_grad and param not in self._guarded:
+                self._guarded[param] = param.register_hook(partial(self._check, weakref.ref(param), self.owner))
 
-    def guard(self, params: Sequence[Tensor], owner: Owner) -> None:
-        """From the next backward on, refuse one that would add to the sums of a bucket, if it is in `Join`."""
-
-        def check(_: Tensor) -> None:  # before a gradient is added; also where DDP has moved them to another bucket
-            sums = [(p.grad, self.sums.get(id(p))) for p in params] if in_join(owner) else []
-            if any(g is not None and last is not None and last != 0 and g.sum() == last for g, last in sums):
-                self.fail(
-                    "in Join a backward would add to gradients of an earlier one, which ranks without inputs have no "
-                    "more: call optimizer.zero_grad() after each step, and accumulate in model.no_sync()"
-                )
-
-        if params[0] not in self._guarded:
-            self._guarded[params[0]] = params[0].register_hook(check)
+    def _check(self, param_ref: "weakref.ref[Tensor]", owner_ref: "weakref.ref[Owner]", _: Tensor) -> None:
+        """Before a gradient is added to p.grad, by a backward of any kind: p.grad must have been zeroed since."""
+        param, owner = param_ref(), owner_ref()
+        if param is None or owner is None or id(param) not in self._summed or not in_join(owner):
+            return
+        if param.grad is not None and param.grad.any():
+            self.fail(
+                "in Join a backward would add to gradients of an earlier one, which ranks without inputs have no "
+                "more: call optimizer.zero_grad() after each step, and accumulate in model.no_sync()"
+            )
+        self._summed.discard(id(param))
