@@ -10,7 +10,7 @@ import os
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Sequence
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,19 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.stateful import Stateful
 
 from zeroadam.state.agreement import Manifest, check_ranks_agree, joined_group
 from zeroadam.state.state_dict import local_of
-from zeroadam.untrusted import Planner, Reader, UnsafeError, load_object
+from zeroadam.untrusted import Planner, Reader, UnsafeError, load_object, one_kind_of_error
 from zeroadam.update.master import MASTERS
 
 NOTHING = object()
@@ -53,10 +59,11 @@ def load(
     group = joined_group(process_group)
 
     def check() -> Manifest:
-        metadata = read_metadata(checkpoint_id)
-        wanted = {fqn for fqn, path in metadata.planner_data.items() if _find(plain, path) is not NOTHING}
-        check_files(checkpoint_id, metadata, wanted, part=group.rank(), parts=group.size())
-        _check_param_groups(plain, checkpoint_id, metadata)
+        with one_kind_of_error(checkpoint_id):
+            metadata = read_metadata(checkpoint_id)
+            wanted = {fqn for fqn, path in metadata.planner_data.items() if _find(plain, path) is not NOTHING}
+            check_files(checkpoint_id, metadata, wanted, part=group.rank(), parts=group.size())
+            _check_param_groups(plain, checkpoint_id, metadata)
         return {"what is in the checkpoint (do all see the same folder?)": f"{len(metadata.storage_data)} entries"}
 
     check_ranks_agree(group, check)
@@ -81,6 +88,7 @@ def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
         raise ValueError(f"{folder} holds no checkpoint of torch.distributed.checkpoint: it has no file .metadata")
     try:
         metadata = Reader(folder).read_metadata()
+        _check_structure(metadata)
         ends = Counter[str]()
         for info in metadata.storage_data.values():
             ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
@@ -94,6 +102,58 @@ def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
     if metadata.planner_data is None:
         raise ValueError(f"{folder} was saved with flatten_state_dict=False, which is not supported")
     return metadata
+
+
+def _check_structure(metadata: Metadata) -> None:
+    """Raise ValueError unless all that is described is stored, and the pieces of each tensor make up the whole."""
+    entries = metadata.state_dict_metadata
+    if unknown := (metadata.planner_data or {}).keys() - entries.keys():
+        raise ValueError(f"{min(unknown)} is not described")
+    for fqn, path in (metadata.planner_data or {}).items():
+        if fqn != ".".join(map(str, path)):
+            raise ValueError(f"{fqn} is said to be at {path}")
+    ranges = sorted((info.relative_path, info.offset, info.length) for info in metadata.storage_data.values())
+    for (file, start, length), (other, next_start, _) in pairwise(ranges):
+        if file == other and start + length > next_start:
+            raise ValueError(f"two entries are at byte {next_start} of {file}")
+    for fqn, entry in entries.items():
+        indices = [MetadataIndex(fqn)]
+        if isinstance(entry, TensorStorageMetadata):
+            chunks = [chunk for chunk in entry.chunks if math.prod(chunk.sizes) != 0]
+            indices = [MetadataIndex(fqn, chunk.offsets) for chunk in chunks]
+            if not _make_up(entry.size, chunks):
+                raise ValueError(f"the pieces of {fqn} do not make up the whole")
+        elif not isinstance(entry, BytesStorageMetadata):
+            raise ValueError(f"{fqn} is described by a {type(entry).__name__}")
+        if not metadata.storage_data.keys() >= set(indices):
+            raise ValueError(f"{fqn} is not stored")
+
+
+def _make_up(size: Sequence[int], chunks: Sequence[ChunkStorageMetadata]) -> bool:
+    """Whether chunks cover a tensor of this size once."""
+    if any(not len(chunk.offsets) == len(chunk.sizes) == len(size) for chunk in chunks):
+        return False
+    boxes = [tuple((o, o + s, n) for o, s, n in zip(c.offsets, c.sizes, size, strict=True)) for c in chunks]
+    if any(not 0 <= start < end <= whole for box in boxes for start, end, whole in box):
+        return False
+    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
+        return False
+    boxes.sort()
+    for at, box in enumerate(boxes):
+        for other in boxes[at + 1 :]:
+            if other[:1] and other[0][0] >= box[0][1]:  # as do all that follow
+                break
+            if all(a[0] < b[1] and b[0] < a[1] for a, b in zip(box, other, strict=True)):
+                return False
+    return True
+
+
+def _check_value(value: Any, index: MetadataIndex, entry: TensorStorageMetadata | BytesStorageMetadata) -> None:
+    """Raise ValueError for a piece of a tensor that is not what the metadata says."""
+    if isinstance(entry, TensorStorageMetadata):
+        sizes = [chunk.sizes for chunk in entry.chunks if chunk.offsets == index.offset]
+        if not isinstance(value, Tensor) or [value.shape] != sizes or value.dtype != entry.properties.dtype:
+            raise ValueError("it is not the piece of a tensor that the metadata describe")
 
 
 def check_files(
@@ -113,7 +173,7 @@ def check_files(
             damaged = zipfile.ZipFile(entry).testzip()
             entry.seek(0)
             if is_tensor or index.fqn in wanted:  # checksums do not cover the zip headers
-                load_object(entry, index.fqn)
+                _check_value(load_object(entry, index.fqn), index, metadata.state_dict_metadata[index.fqn])
         except UnsafeError:
             raise
         except Exception as error:  # whatever damaged headers may lead to

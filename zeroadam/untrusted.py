@@ -5,10 +5,12 @@ Here only the classes are known that such files are made of, and for entries tho
 `weights_only=True`. `torch.serialization.add_safe_globals` allows more of them.
 """
 
+import contextlib
 import io
 import pathlib
 import pickle
-from collections.abc import Callable
+import pickletools
+from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -38,6 +40,15 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 
 
+OPCODES = """
+    PROTO FRAME STOP MARK POP POP_MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET PUT GET
+    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT INT LONG FLOAT
+    SHORT_BINUNICODE BINUNICODE BINUNICODE8 UNICODE SHORT_BINSTRING SHORT_BINBYTES BINBYTES
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS
+    EMPTY_SET ADDITEMS FROZENSET GLOBAL STACK_GLOBAL REDUCE BUILD NEWOBJ NEWOBJ_EX
+"""
+
+
 class UnsafeError(ValueError):
     """A checkpoint holds something that could run code."""
 
@@ -54,7 +65,9 @@ class Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002
         """Raises UnsafeError, or whatever a damaged pickle leads to."""
         file = pathlib.Path(self.path) / ".metadata"
-        metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes()), str(file)).load()
+        data = file.read_bytes()
+        _check_opcodes(data)
+        metadata = _MetadataUnpickler(io.BytesIO(data), str(file)).load()
         if not isinstance(metadata, Metadata):
             raise ValueError(f"it holds a {type(metadata).__name__}, not Metadata")
         for info in metadata.storage_data.values():
@@ -85,6 +98,25 @@ def load_object(entry: io.BytesIO, name: str) -> Any:
         if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(entry):
             raise UnsafeError(f"the entry {name}", unsafe[0]) from None
         raise
+
+
+@contextlib.contextmanager
+def one_kind_of_error(folder: Any) -> Iterator[None]:
+    """Whatever damaged metadata may lead to is a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (ValueError, RuntimeError, OSError)) and "\n" not in str(error):
+            raise
+        text = " ".join(str(error).split())
+        raise ValueError(f"{folder} is damaged: {type(error).__name__}: {text}") from None
+
+
+def _check_opcodes(data: bytes) -> None:
+    """Raise ValueError for a pickle that no metadata are written as, or that would take all memory there is."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name not in OPCODES.split() or (opcode.name == "LONG_BINPUT" and int(argument or 0) > len(data)):
+            raise ValueError(f"it holds {opcode.name} {argument}")
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from zeroadam.checkpoint import check_files, read, read_metadata
 from zeroadam.plain_file import write_beside
-from zeroadam.untrusted import Planner
+from zeroadam.untrusted import Planner, one_kind_of_error
 from zeroadam.update.master import MASTERS, convert
 from zeroadam.update.rounding import dequantize_entry
 
@@ -93,10 +94,19 @@ def export(folder: Path, file: Path) -> None:
 
     If there are float32 copies of parameters, they are its "master", by the names of the parameters.
     """
-    contents = Contents(folder)
+    with one_kind_of_error(folder):
+        exported = _collect(Contents(folder))
+    write_beside(exported, file)
+    sizes = len(exported["model"]), len(exported["optimizer"]["state"]), len(exported.get("master", ()))
+    counts = '{{"model": {} entries, "optimizer": {}, "master": {}}}'.format(*sizes)
+    print(f"wrote {file}, {file.stat().st_size:,} bytes: {counts}")
+
+
+def _collect(contents: Contents) -> dict[str, Any]:
+    """What `export` writes."""
     places = [contents.model, *contents.groups.values(), *contents.state.values()]
     wanted = [fqn for some in places for fqn in some.values()]
-    check_files(folder, contents.metadata, wanted)
+    check_files(contents.folder, contents.metadata, wanted)
     values = contents.read(wanted)
     ids = {param: index for index, param in enumerate(chain.from_iterable(contents.params))}
     groups = []
@@ -112,18 +122,22 @@ def export(folder: Path, file: Path) -> None:
         state[ids[param]] = entry
         if given and param in model:
             masters[param] = convert(given, "master", model[param])
-    exported = {"model": model, "optimizer": {"state": state, "param_groups": groups}}
+    exported: dict[str, Any] = {"model": model, "optimizer": {"state": state, "param_groups": groups}}
     if masters:
         exported["master"] = masters
-    write_beside(exported, file)
-    counts = f'{{"model": {len(model)} entries, "optimizer": {len(state)}, "master": {len(masters)}}}'
-    print(f"wrote {file}, {file.stat().st_size:,} bytes: {counts}")
+    return exported
 
 
 def inspect(folder: Path) -> None:
     """Print what is in a checkpoint, one parameter a line."""
-    contents = Contents(folder)
-    metadata = contents.metadata
+    with one_kind_of_error(folder):
+        lines = list(_lines(Contents(folder)))
+    print("\n".join(lines))
+
+
+def _lines(contents: Contents) -> Iterator[str]:
+    """What `inspect` prints."""
+    folder, metadata = contents.folder, contents.metadata
     files = {info.relative_path for info in metadata.storage_data.values()}
     writers = {match[1] for file in files if (match := re.match(r"__(\d+)_\d+\.", file))}
     steps = contents.read(entries["step"] for entries in contents.state.values() if "step" in entries)
@@ -139,16 +153,16 @@ def inspect(folder: Path) -> None:
         rows.append([name, *row, "-" if step is None else f"{step:.0f}"])
     rows.append(["total", "", "", f"{totals['model']:,}", f"{totals['state']:,}", ""])
     size = sum((folder / file).stat().st_size for file in files)
-    print(f"{folder}: written by {len(writers)} ranks, {len(files)} files, {size:,} bytes")
+    yield (f"{folder}: written by {len(writers)} ranks, {len(files)} files, {size:,} bytes")
     counts = sorted({float(step) for step in steps.values()})
-    print(
+    yield (
         f"optimizer: {_name(contents.optimizer)}, {len(contents.groups)} param groups, step "
         + (f"{counts[0]:.0f}" if len(counts) == 1 else f"{counts[0]:.0f} to {counts[-1]:.0f}" if counts else "0")
     )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         left, right = zip(row[:3], widths[:3], strict=True), zip(row[3:], widths[3:], strict=True)
-        print("  ".join([*(cell.ljust(width) for cell, width in left), *(cell.rjust(width) for cell, width in right)]))
+        yield ("  ".join([*(cell.ljust(width) for cell, width in left), *(cell.rjust(width) for cell, width in right)]))
 
 
 def _shape_and_dtype(metadata: Metadata, fqns: list[str]) -> tuple[str, str]:
