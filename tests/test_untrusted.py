@@ -2,6 +2,7 @@
 
 import contextlib
 import copyreg
+import enum
 import io
 import os
 import pickle
@@ -208,6 +209,37 @@ def test_what_is_harmless_is_read_as_before(tmp_path: Path) -> None:
             del sys.modules["pathlib._local"]
     assert state["optim"]["param_groups"][0]["betas"] == (0.9, 0.999)
     assert state["optim"]["param_groups"][0]["lr"] == torch.tensor(1e-2)
+
+
+class OldPickler(pickle.Pickler):
+    """Pickles members of an Enum as Python 3.11.2 does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_metadata_written_by_an_older_python(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    save(folder)
+    written = io.BytesIO()
+    OldPickler(written).dump(pickle.loads((folder / ".metadata").read_bytes()))
+    assert b"getattr" in written.getvalue()
+    (folder / ".metadata").write_bytes(written.getvalue())
+    state = target()
+    checkpoint.load(state, checkpoint_id=folder)
+    assert state["model"]["weight"].any()
+    for attributes in ((torch.Size, "__base__"), (torch.Size([1]), "numel")):
+        (folder / ".metadata").write_bytes(pickle.dumps(Attribute(*attributes)))
+        with pytest.raises(UnsafeError, match=r"holds a builtins\.getattr"):
+            checkpoint.read_metadata(folder)
+
+
+class Attribute:
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.arguments
 
 
 def test_the_command_says_it_in_one_line(tmp_path: Path) -> None:
