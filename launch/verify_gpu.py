@@ -5,6 +5,8 @@
 Each check is a process of its own, so that none hangs or breaks the next. W = 1 runs on NCCL, two ranks share one GPU
 over gloo, and with several GPUs NCCL runs between them as well. Without a GPU it runs what can run on a CPU.
 It exits with 1 if a check has failed.
+
+More than 300 lines, as it is one list of checks that do not depend on each other.
 """
 
 import argparse

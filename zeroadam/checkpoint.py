@@ -57,8 +57,10 @@ def load(
     """
     plain = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()}
     group = joined_group(process_group)
+    metadata: Metadata | None = None
 
     def check() -> Manifest:
+        nonlocal metadata
         with one_kind_of_error(checkpoint_id):
             metadata = read_metadata(checkpoint_id)
             wanted = {fqn for fqn, path in metadata.planner_data.items() if _find(plain, path) is not NOTHING}
@@ -67,16 +69,17 @@ def load(
         return {"what is in the checkpoint (do all see the same folder?)": f"{len(metadata.storage_data)} entries"}
 
     check_ranks_agree(group, check)
-    read(state_dict, checkpoint_id, planner=_Strict(), process_group=process_group)
+    assert metadata is not None
+    read(state_dict, checkpoint_id, metadata, planner=_Strict(), process_group=process_group)
 
 
-def read(state_dict: dict[str, Any], folder: str | os.PathLike[str], **options: Any) -> None:
+def read(state_dict: dict[str, Any], folder: str | os.PathLike[str], metadata: Metadata, **options: Any) -> None:
     """`torch.distributed.checkpoint.load`, whose own exception `except Exception` would not catch.
 
-    options: with a planner that is a `zeroadam.untrusted.Planner`.
+    metadata: as `read_metadata` gives them. options: with a planner that is a `zeroadam.untrusted.Planner`.
     """
     try:
-        dcp.load(state_dict, storage_reader=Reader(folder), **options)
+        dcp.load(state_dict, storage_reader=Reader(folder, metadata), **options)
     except CheckpointException as failed:
         rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
         raise RuntimeError(f"{folder} does not fit, says rank {rank}: {error}") from None
@@ -138,10 +141,12 @@ def _make_up(size: Sequence[int], chunks: Sequence[ChunkStorageMetadata]) -> boo
         return False
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
         return False
-    boxes.sort()
+    # In the order of the dimension in which they differ most, a piece can overlap those right behind it only.
+    axis = max(range(len(size)), key=lambda dim: len({box[dim] for box in boxes}), default=0)
+    boxes.sort(key=lambda box: box[axis:])
     for at, box in enumerate(boxes):
         for other in boxes[at + 1 :]:
-            if other[:1] and other[0][0] >= box[0][1]:  # as do all that follow
+            if other[axis][0] >= box[axis][1]:  # as do all that follow
                 break
             if all(a[0] < b[1] and b[0] < a[1] for a, b in zip(box, other, strict=True)):
                 return False

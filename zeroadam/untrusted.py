@@ -8,6 +8,7 @@ Here only the classes are known that such files are made of, and for entries tho
 import contextlib
 import enum
 import io
+import os
 import pathlib
 import pickle
 import pickletools
@@ -61,10 +62,24 @@ class UnsafeError(ValueError):
 
 
 class Reader(dcp.FileSystemReader):
-    """`torch.distributed.checkpoint.FileSystemReader` that knows no other classes, and stays in its folder."""
+    """`torch.distributed.checkpoint.FileSystemReader` that knows no other classes, and stays in its folder.
+
+    Args:
+        metadata: of the checkpoint, where they have been read before: with many pieces that takes seconds.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], metadata: Metadata | None = None) -> None:
+        super().__init__(folder)
+        self.metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002
         """Raises UnsafeError, or whatever a damaged pickle leads to."""
+        metadata = self.metadata or self._read_metadata()
+        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def _read_metadata(self) -> Metadata:
         file = pathlib.Path(self.path) / ".metadata"
         data = file.read_bytes()
         _check_opcodes(data)
@@ -77,8 +92,6 @@ class Reader(dcp.FileSystemReader):
                 raise ValueError(f"it names a file elsewhere: {place}")
             if getattr(info, "transform_descriptors", None):
                 raise ValueError(f"{place} is stored with {info.transform_descriptors}, which is not supported")
-        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
         return metadata
 
 

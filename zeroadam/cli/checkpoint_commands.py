@@ -82,7 +82,7 @@ class Contents:
                 values[fqn] = None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            read(values, self.folder, planner=Planner(), no_dist=True)
+            read(values, self.folder, self.metadata, planner=Planner(), no_dist=True)
         return values
 
     def nbytes(self, fqns: Any) -> int:
