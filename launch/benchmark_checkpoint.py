@@ -8,10 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from checkpoints import Checkpoints, Run
 from implementations import Implementation
 from measure import io_bytes, memory, start_peak
-from torch.optim.lr_scheduler import LambdaLR
 
 from zeroadam import ZeroAdamW, checkpoint
 
@@ -89,8 +87,8 @@ def snapshots(args: argparse.Namespace, device: torch.device) -> list[dict[str, 
     """Training that saves everything every few steps beside training that does not, ten steps in turns."""
     implementation = Implementation("zeroadam + hook", args, device)
     tokens = torch.randint(256, (args.batch_size, args.context + 1), device=device)
-    run = Run(implementation.model, implementation.optimizer, LambdaLR(implementation.optimizer, lambda _: 1.0))
-    folder = Checkpoints(args.checkpoint / "snapshots", keep=2)
+    objects = {"model": implementation.model, "optimizer": implementation.optimizer}
+    folder = checkpoint.Manager(args.checkpoint / "snapshots", **objects)
     blocks: dict[int, list[float]] = {every: [] for every in (0, 1, 4, 10)}
     count = 0
     for _ in range(2 + args.steps):
@@ -101,7 +99,7 @@ def snapshots(args: argparse.Namespace, device: torch.device) -> list[dict[str, 
                 implementation.step(tokens)
                 if every and step % every == 0:
                     count += 1
-                    folder.save(count, run.state_dict())
+                    folder.save(count)
             folder.finish()
             dist.barrier()
             seconds.append(time.perf_counter() - start)

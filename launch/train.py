@@ -9,6 +9,7 @@ is the source of Python's standard library on this machine, so nothing is downlo
 """
 
 import argparse
+import ctypes
 import io
 import json
 import math
@@ -21,15 +22,15 @@ import sys
 import sysconfig
 import time
 from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from checkpoints import Checkpoints, Progress, Run
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
@@ -38,11 +39,28 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
 from zeroadam import StepReport, ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
+from zeroadam.checkpoint import Manager
 
 HOOKS = {"reduce_scatter": reduce_scatter_hook, "bf16_reduce_scatter": bf16_reduce_scatter_hook}
 STATE_DTYPES = {"none": None, "bfloat16": torch.bfloat16, "8bit": torch.uint8}
 RANK = int(os.environ.get("RANK", 0))
 MAX_TEXT_BYTES = 16 * 2**20
+
+
+@dataclass
+class Progress:
+    """How far the run is: what a checkpoint holds besides model, optimizer and schedule."""
+
+    step: int = 0
+    sequences: int = 0  # that all ranks together have trained on
+    losses: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)  # (after step, loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.__dict__.update(state_dict)
 
 
 class Block(nn.Module):
@@ -263,6 +281,38 @@ def name_of(args: argparse.Namespace) -> str:
     )
 
 
+def lay_out_buckets(model: nn.Module, text: Tensor, args: argparse.Namespace, device: torch.device) -> None:
+    """One backward before training. DDP lays out its buckets anew after its first one, and sums in their order.
+
+    Without it the first step after a resume would sum in another order than the same step of a run that went on: from
+    three ranks on the last bits differ. The sums of zeroadam's hooks do not depend on buckets.
+    """
+    loss_of(model, batch(text, range(1), args.context, args.seed, device)).backward()
+    model.zero_grad()
+
+
+def open_checkpoints(args: argparse.Namespace, **objects: Any) -> Manager:
+    """With everything as it was in the checkpoint that the arguments ask for, if there is one."""
+    try:
+        checkpoints = Manager(args.checkpoint_dir, keep=args.checkpoint_keep, **objects)
+        if args.resume != "none":
+            checkpoints.load(None if args.resume == "newest" else args.resume)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"train.py: error: cannot resume: {error}" if RANK == 0 else 1) from None
+    if RANK == 0 and objects["progress"].step:
+        print(f"resumed after step {objects['progress'].step}", flush=True)
+    return checkpoints
+
+
+def end_with_parent() -> None:
+    """Or workers would go on training when torchrun is killed, beside those of the next start. On Linux."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
+        if os.getppid() != parent:
+            os._exit(1)
+
+
 def train(args: argparse.Namespace) -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -288,14 +338,12 @@ def train(args: argparse.Namespace) -> None:
         progress = (step - args.warmup) / max(1, args.steps - args.warmup)
         return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
-    run = Run(model, optimizer, LambdaLR(optimizer, factor))
-    checkpoints = Checkpoints(args.checkpoint_dir, args.checkpoint_keep) if args.checkpoint_dir else None
-    if args.resume != "none":
-        newest = checkpoints.newest_first() if checkpoints is not None else []
-        run.resume(newest if args.resume == "newest" else [Path(args.resume)])
-    done = run.progress
-    if checkpoints is not None:
-        checkpoints.set_aside(done.step)
+    schedule, done = LambdaLR(optimizer, factor), Progress()
+    if args.hook == "none":
+        lay_out_buckets(model, train_text, args, device)
+    checkpoints = None
+    if args.checkpoint_dir or args.resume not in ("newest", "none"):
+        checkpoints = open_checkpoints(args, model=model, optimizer=optimizer, schedule=schedule, progress=done)
     writer = None
     if args.tensorboard and RANK == 0:
         from torch.utils.tensorboard import SummaryWriter
@@ -329,7 +377,7 @@ def train(args: argparse.Namespace) -> None:
         else:
             optimizer.clip_grad_norm_(args.clip)
         optimizer.step()
-        run.schedule.step()
+        schedule.step()
         optimizer.zero_grad()
         dist.all_reduce(loss)
         done.step, done.sequences = step, done.sequences + sequences_per_step
@@ -337,8 +385,12 @@ def train(args: argparse.Namespace) -> None:
         seconds.append(time.perf_counter() - start)
         if step % args.eval_every == 0 or step == args.steps:
             done.held_out.append((step, held_out_loss(gpt, held_out_text, args, device)))
-        if checkpoints is not None and (step % args.checkpoint_every == 0 or step == args.steps):
-            checkpoints.save(step, run.state_dict())
+        if (
+            checkpoints is not None
+            and args.checkpoint_dir
+            and (step % args.checkpoint_every == 0 or step == args.steps)
+        ):
+            checkpoints.save(step)
         if progress is not None:
             rate = sequences_per_step * args.context / seconds[-1]
             state = f"loss {done.losses[-1]:.3f}, {rate:,.0f} tokens/s, {1000 * seconds[-1]:.0f} ms/step"
@@ -353,8 +405,12 @@ def train(args: argparse.Namespace) -> None:
                 for name, value in asdict(optimizer.report()).items():
                     writer.add_scalar(f"step of rank 0/{name}", value, step)
 
+    written = True
     if checkpoints is not None:
-        checkpoints.close()
+        try:
+            checkpoints.close()
+        except RuntimeError:  # which was a warning already
+            written = False
     if args.gather_in_forward:
         optimizer.finish_gather()
     per_rank: list[tuple[int, int]] = [(0, 0)] * world_size
@@ -383,8 +439,8 @@ def train(args: argparse.Namespace) -> None:
     # collective, waits for the interpreter's lock to free its tensors. Sleeping lets them finish.
     time.sleep(0.2)
     dist.destroy_process_group()
-    if checkpoints is not None and checkpoints.error:
-        sys.exit(1)  # the last one, which has been reported
+    if not written:
+        sys.exit(1)
 
 
 def report(
@@ -439,4 +495,5 @@ if __name__ == "__main__":
             if RANK != 0 and error.code:
                 time.sleep(5)  # the first to end ends the others, which should be the one that says why
             raise
+    end_with_parent()
     train(arguments)

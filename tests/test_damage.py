@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from zeroadam import ZeroAdamW, checkpoint
+from zeroadam.checkpoint.metadata import ChunkStorageMetadata, _make_up
 from zeroadam.cli.checkpoint_commands import export, inspect
 
 # More can be asked for, as in ZEROADAM_TEST_SEEDS=5000.
@@ -180,5 +181,5 @@ def test_metadata_that_do_not_fit_the_files(tmp_path: Path, edit: Any) -> None:
     ],
 )
 def test_pieces_make_up_a_whole(size: Any, boxes: Any, whole: bool) -> None:
-    chunks = [checkpoint.ChunkStorageMetadata(torch.Size(start), torch.Size(sizes)) for start, sizes in boxes]
-    assert checkpoint._make_up(torch.Size(size), chunks) == whole
+    chunks = [ChunkStorageMetadata(torch.Size(start), torch.Size(sizes)) for start, sizes in boxes]
+    assert _make_up(torch.Size(size), chunks) == whole

@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from zeroadam import ZeroAdamW, checkpoint
+from zeroadam.checkpoint.metadata import read_metadata
 from zeroadam.cli.checkpoint_commands import export, inspect
 from zeroadam.untrusted import UnsafeError
 
@@ -160,7 +161,7 @@ def test_what_a_pickle_can_be_made_of_by_hand(tmp_path: Path, code: bytes) -> No
     copyreg.add_extension("os", "mkdir", 0xF0)
     try:
         with pytest.raises(ValueError, match=r"checkpoint"):
-            checkpoint.read_metadata(tmp_path / "checkpoint")
+            read_metadata(tmp_path / "checkpoint")
     finally:
         copyreg.remove_extension("os", "mkdir", 0xF0)
     assert not made.exists()
@@ -174,7 +175,7 @@ def test_files_elsewhere_are_not_read(tmp_path: Path) -> None:
         next(iter(metadata.storage_data.values())).relative_path = place
         file.write_bytes(pickle.dumps(metadata))
         with pytest.raises(ValueError, match="it names a file elsewhere"):
-            checkpoint.read_metadata(tmp_path / "checkpoint")
+            read_metadata(tmp_path / "checkpoint")
 
 
 def test_a_class_can_be_allowed(tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_metadata_written_by_an_older_python(tmp_path: Path) -> None:
     for attributes in ((torch.Size, "__base__"), (torch.Size([1]), "numel")):
         (folder / ".metadata").write_bytes(pickle.dumps(Attribute(*attributes)))
         with pytest.raises(UnsafeError, match=r"holds a builtins\.getattr"):
-            checkpoint.read_metadata(folder)
+            read_metadata(folder)
 
 
 class Attribute:

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint._nested_dict import set_element as set_element  # used by torch's own load planner
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict as flatten_state_dict  # as torch's planners
+from torch.distributed.checkpoint._nested_dict import set_element as set_element  # use both
 
 # The number of the backward that is running, -1 outside of one. A hook has to tell one backward from the next, and
 # forward hooks the forward from its repetition by activation checkpointing. There is no public way to ask.

@@ -39,16 +39,12 @@ from zeroadam.state.agreement import (
     find_difference,
     joined_group,
 )
+from zeroadam.state.part import LEFT_OUT, PART, LeftOut, ShardedState, called_by_checkpoint
 from zeroadam.state.state_dict import (
-    LEFT_OUT,
-    PART,
-    LeftOut,
     Loaded,
     Loading,
-    ShardedState,
     as_part,
     as_plain,
-    called_by_checkpoint,
     describe_state,
     empty_state,
     gather_state,

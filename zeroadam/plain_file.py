@@ -12,7 +12,7 @@ import torch
 
 from zeroadam.optimizer import ZeroAdam
 from zeroadam.state.agreement import Manifest, check_rank, check_ranks_agree, joined_group
-from zeroadam.state.state_dict import LEFT_OUT
+from zeroadam.state.part import LEFT_OUT
 
 
 def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:

@@ -100,17 +100,18 @@ class Planner(dcp.DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         fqn = read_item.dest_index.fqn
-        set_element(self.original_state_dict, self.mappings[fqn], load_object(value, fqn))
+        set_element(self.original_state_dict, self.mappings[fqn], load_object(value, f"the entry {fqn}"))
 
 
-def load_object(entry: io.BytesIO, name: str) -> Any:
+def load_object(entry: io.BytesIO | pathlib.Path, name: str, **options: Any) -> Any:
     """What torch.save has written; raises UnsafeError where that is made of classes that nobody has allowed."""
     try:
-        return torch.load(entry, map_location="cpu", weights_only=True)
+        return torch.load(entry, map_location="cpu", weights_only=True, **options)
     except pickle.UnpicklingError:
-        entry.seek(0)
+        if isinstance(entry, io.BytesIO):
+            entry.seek(0)
         if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(entry):
-            raise UnsafeError(f"the entry {name}", unsafe[0]) from None
+            raise UnsafeError(name, unsafe[0]) from None
         raise
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from zeroadam.checkpoint import check_files, read, read_metadata
+from zeroadam.checkpoint.loading import check_files, read
+from zeroadam.checkpoint.metadata import read_metadata
 from zeroadam.plain_file import write_beside
 from zeroadam.untrusted import Planner, one_kind_of_error
 from zeroadam.update.master import MASTERS, convert
@@ -139,7 +140,7 @@ def _lines(contents: Contents) -> Iterator[str]:
     """What `inspect` prints."""
     folder, metadata = contents.folder, contents.metadata
     files = {info.relative_path for info in metadata.storage_data.values()}
-    writers = {match[1] for file in files if (match := re.match(r"__(\d+)_\d+\.", file))}
+    writers = {match[1] for file in files if (match := re.match(r"__(\d+)_", file))}
     steps = contents.read(entries["step"] for entries in contents.state.values() if "step" in entries)
     rows = [["parameter", "shape", "dtype", "model, bytes", "state, bytes", "step"]]
     totals = Counter[str]()

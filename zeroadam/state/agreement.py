@@ -1,5 +1,6 @@
 """Whether all ranks build the same optimizer, and one that can be sharded; asked before anything can hang or drift."""
 
+import math
 import os
 from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -56,6 +57,21 @@ def check_supported(group: dict[str, Any], index: int) -> None:
             raise ValueError(f"{name} is a DTensor, so torch.optim.Adam shards its state already")
         if param.is_complex():
             raise ValueError(f"{name} is complex, which is not supported: hold torch.view_as_real() of it instead")
+
+
+def check_hyperparameters(group: dict[str, Any], where: str) -> None:
+    """Raise ValueError for values of a param group that torch.optim.Adam would refuse."""
+    own = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay") if key in group}
+    try:
+        betas = own.get("betas", (0.0, 0.0))
+        if len(betas) != 2 or any(isinstance(beta, str) for beta in betas):
+            raise ValueError(f"Invalid betas: {betas}")
+        capturable = any(isinstance(value, Tensor) for value in (own.get("lr"), *betas))  # which Adam asks for then
+        torch.optim.Adam([torch.zeros(1)], **own, capturable=capturable, foreach=False)
+        if any(math.isnan(float(value)) for value in (*betas, *(own[key] for key in own if key != "betas"))):
+            raise ValueError("a value is nan")
+    except Exception as error:  # also a TypeError, of what is no number
+        raise ValueError(f"{where} has values that Adam does not take: {error}") from None
 
 
 def check_memory(groups: Sequence[dict[str, Any]], trained: Collection[int], world_size: int) -> None:

@@ -1,14 +1,13 @@
 """What `state_dict()` gives and what `load_state_dict()` takes.
 
-A rank's own state is 1/W of the optimizer's. Saving it as if it were the whole is an error. What is loaded is checked
-to the end before any of it is copied, into the memory that the state has already.
+What is loaded is checked to the end before any of it is copied, into the memory that the state has already.
 """
 
 import copy
-import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ from torch.optim import Optimizer
 
 from zeroadam.layout.shard import shard
 from zeroadam.options import Precision
-from zeroadam.state.agreement import Manifest, check_supported, describe_hyperparameters, named
+from zeroadam.state.agreement import Manifest, check_hyperparameters, check_supported, describe_hyperparameters, named
+from zeroadam.state.part import ShardedState
 from zeroadam.state.storage import Storage, choose_kernel, convert_moment, layout, moments, new_step, placements_of
 from zeroadam.transport.gloo import gather_to
 from zeroadam.update.master import MASTERS, convert
@@ -25,49 +25,6 @@ from zeroadam.update.rounding import CODES, SCALES, dequantize_entry
 
 # What a param group of a torch.optim.Adam has had from its first version on.
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
-
-
-PART = (
-    "this rank has a part of the optimizer's state, the other ranks hold the rest. For one plain file call "
-    "zeroadam.save({'optimizer': optimizer, ...}, file) on all ranks; or optimizer.consolidate_state_dict(to=0) on all "
-    "ranks first, and then optimizer.state_dict() and torch.save() on rank 0. For torch.distributed.checkpoint.save(), "
-    "and for load_state_dict() on the same ranks, ask for optimizer.state_dict(sharded=True). With Accelerate: "
-    "accelerator.register_save_state_pre_hook(lambda *_: optimizer.optimizer.consolidate_state_dict()); with "
-    "transformers' Trainer: callbacks=[zeroadam.huggingface.ConsolidateOnSave()]"
-)
-
-
-class ShardedState(dict[Any, Any]):
-    """The entry "state" of a state dict, of which other ranks hold the rest: it is not for `torch.save`."""
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise RuntimeError(PART)
-
-    def __copy__(self) -> "ShardedState":
-        return ShardedState(self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedState":
-        return ShardedState((key, copy.deepcopy(value, memo)) for key, value in self.items())
-
-
-LEFT_OUT = "a sharded optimizer is left out of what is pickled: use zeroadam.save(), with it in a dict, list or tuple"
-
-
-class LeftOut:
-    """What a pickled object has in place of a sharded optimizer, such as a DDP model in its communication hook."""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"no {name}: a sharded optimizer is left out of what is pickled, use zeroadam.save()")
-
-
-def called_by_checkpoint() -> bool:
-    """Whether torch.distributed.checkpoint, or what stands in for it here, is among the callers."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith(("torch.distributed.checkpoint", "zeroadam.checkpoint")):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def has_numbers(state: Mapping[Any, Any]) -> bool:
@@ -147,7 +104,7 @@ def prepare_loading(optimizer: Optimizer, storage: Storage, state_dict: dict[str
     if len(saved_groups) != len(own_groups):
         raise ValueError(f"the state dict has {len(saved_groups)} param groups, the optimizer has {len(own_groups)}")
     loading = Loading({"state": {}, "param_groups": []}, [], {})
-    known = set()
+    known, without = set(), list[str]()
     for index, (saved, own) in enumerate(zip(saved_groups, own_groups, strict=True)):
         group = _merged_group(saved, own, index, optimizer)
         loading.state_dict["param_groups"].append({**group, "params": saved["params"]})
@@ -157,6 +114,8 @@ def prepare_loading(optimizer: Optimizer, storage: Storage, state_dict: dict[str
             entry, held = state_dict["state"].get(key), optimizer.state.get(param, {})
             if not entry and not held:  # frozen
                 continue
+            if not entry and state_dict["state"] and param.requires_grad:
+                without.append(name)
             try:
                 loaded = _loaded_entry(storage, param, group, entry, held, loading.copies)
             except ValueError as error:
@@ -170,6 +129,9 @@ def prepare_loading(optimizer: Optimizer, storage: Storage, state_dict: dict[str
         if isinstance(value, dict) and type(key) in set(map(type, known)):
             raise ValueError(f"the state dict has state of {key}, which is in none of its groups")
         loading.state_dict["state"][key] = value  # somebody's own, which torch keeps as well
+    if without and storage.rank == 0:
+        more = f" and of {len(without) - 1} more" if without[1:] else ""
+        warnings.warn(f"the state dict has no state of {without[0]}{more}: they begin anew", stacklevel=2)
     return loading
 
 
@@ -189,6 +151,7 @@ def _merged_group(saved: dict[str, Any], own: dict[str, Any], index: int, optimi
         raise ValueError(f"group {index} of the state dict has the parameters in another order: {theirs} for {ours}")
     defaults = {key: own.get(key, value) for key, value in optimizer.defaults.items()}
     group = {**defaults, **copy.deepcopy({**saved, "params": None}), "params": own["params"]}
+    check_hyperparameters(group, f"group {index} of the state dict")
     choose_kernel(group)
     check_supported(group, index)
     return group
@@ -203,6 +166,8 @@ def _loaded_entry(
     copies: list[tuple[Tensor, Tensor]],
 ) -> dict[str, Any]:
     """The state of one parameter after loading; what is still to be copied into it is appended to `copies`."""
+    if entry is not None and not isinstance(entry, Mapping):
+        raise ValueError(f"it is a {type(entry).__name__}, not a dict")
     precision = storage.options.precision(param)
     loaded = dict(entry or storage.new_state(param, group))  # what is in it is taken out below
 
@@ -221,7 +186,7 @@ def _loaded_entry(
     if precision.master:
         own = shard(param.detach(), storage.world_size, storage.rank)
         sources[precision.master] = convert(masters, precision.master, own)
-    result: dict[str, Any] = {"step": new_step(param, group, float(loaded.pop("step")))}
+    result: dict[str, Any] = {"step": new_step(param, group, _count(loaded.pop("step")))}
     sources |= take(*(name for name, value in loaded.items() if isinstance(value, Tensor)))
     for name, source in sources.items():
         wanted = layout(param, name, precision).dtype
@@ -236,8 +201,24 @@ def _loaded_entry(
     return {**result, **loaded}  # what is left is somebody's own
 
 
+def _count(step: Any) -> float:
+    """The number of steps in a state dict: a number, or a tensor of one."""
+    if isinstance(step, Tensor) and (step.numel() != 1 or step.is_meta):
+        raise ValueError(f"step has shape {tuple(step.shape)} on {step.device}: it must be one number")
+    if not isinstance(step, (Tensor, float, int)):
+        raise ValueError(f"step is a {type(step).__name__}, not a number")
+    count = float(step)
+    if not (count >= 0 and count.is_integer()):
+        raise ValueError(f"step is {count}, not how many steps there were")
+    return count
+
+
 def _piece(name: str, value: Tensor, param: Tensor, precision: Precision, storage: Storage) -> Tensor:
     """This rank's piece of a loaded tensor: [d0, ...] -> [c, ...], a view."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}, not a tensor")
+    if value.is_meta or value.layout != torch.strided:
+        raise ValueError(f"{name} has no values (it is on the meta device)" if value.is_meta else f"{name} is sparse")
     whole = layout(param, name, precision)
     if value.shape != whole.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, not {tuple(whole.shape)} as the parameter asks for")

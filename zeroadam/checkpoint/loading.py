@@ -10,7 +10,7 @@ import os
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Sequence
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
-    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
@@ -28,12 +27,15 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.stateful import Stateful
 
-from zeroadam.state.agreement import Manifest, check_ranks_agree, joined_group
+from zeroadam.checkpoint.metadata import read_metadata
+from zeroadam.state.agreement import Manifest, check_hyperparameters, check_ranks_agree, joined_group
 from zeroadam.state.state_dict import local_of
 from zeroadam.untrusted import Planner, Reader, UnsafeError, load_object, one_kind_of_error
 from zeroadam.update.master import MASTERS
 
 NOTHING = object()
+# The flags of a param group on which the names in the state of its parameters depend, or what can be done with them.
+LAYOUT = ("amsgrad", "differentiable")
 
 
 def load(
@@ -85,74 +87,6 @@ def read(state_dict: dict[str, Any], folder: str | os.PathLike[str], metadata: M
         raise RuntimeError(f"{folder} does not fit, says rank {rank}: {error}") from None
 
 
-def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
-    """What is in a checkpoint; raises ValueError if there is none in the folder or it cannot be read."""
-    if not (Path(folder) / ".metadata").is_file():
-        raise ValueError(f"{folder} holds no checkpoint of torch.distributed.checkpoint: it has no file .metadata")
-    try:
-        metadata = Reader(folder).read_metadata()
-        _check_structure(metadata)
-        ends = Counter[str]()
-        for info in metadata.storage_data.values():
-            ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
-        for file, end in ends.items():
-            if (size := (Path(folder) / file).stat().st_size) < end:
-                raise ValueError(f"{file} has {size:,} bytes of at least {end:,}")
-    except UnsafeError:
-        raise
-    except Exception as error:  # whatever a damaged pickle may lead to
-        raise ValueError(f"{folder} is damaged: {error}") from None
-    if metadata.planner_data is None:
-        raise ValueError(f"{folder} was saved with flatten_state_dict=False, which is not supported")
-    return metadata
-
-
-def _check_structure(metadata: Metadata) -> None:
-    """Raise ValueError unless all that is described is stored, and the pieces of each tensor make up the whole."""
-    entries = metadata.state_dict_metadata
-    if unknown := (metadata.planner_data or {}).keys() - entries.keys():
-        raise ValueError(f"{min(unknown)} is not described")
-    for fqn, path in (metadata.planner_data or {}).items():
-        if fqn != ".".join(map(str, path)):
-            raise ValueError(f"{fqn} is said to be at {path}")
-    ranges = sorted((info.relative_path, info.offset, info.length) for info in metadata.storage_data.values())
-    for (file, start, length), (other, next_start, _) in pairwise(ranges):
-        if file == other and start + length > next_start:
-            raise ValueError(f"two entries are at byte {next_start} of {file}")
-    for fqn, entry in entries.items():
-        indices = [MetadataIndex(fqn)]
-        if isinstance(entry, TensorStorageMetadata):
-            chunks = [chunk for chunk in entry.chunks if math.prod(chunk.sizes) != 0]
-            indices = [MetadataIndex(fqn, chunk.offsets) for chunk in chunks]
-            if not _make_up(entry.size, chunks):
-                raise ValueError(f"the pieces of {fqn} do not make up the whole")
-        elif not isinstance(entry, BytesStorageMetadata):
-            raise ValueError(f"{fqn} is described by a {type(entry).__name__}")
-        if not metadata.storage_data.keys() >= set(indices):
-            raise ValueError(f"{fqn} is not stored")
-
-
-def _make_up(size: Sequence[int], chunks: Sequence[ChunkStorageMetadata]) -> bool:
-    """Whether chunks cover a tensor of this size once."""
-    if any(not len(chunk.offsets) == len(chunk.sizes) == len(size) for chunk in chunks):
-        return False
-    boxes = [tuple((o, o + s, n) for o, s, n in zip(c.offsets, c.sizes, size, strict=True)) for c in chunks]
-    if any(not 0 <= start < end <= whole for box in boxes for start, end, whole in box):
-        return False
-    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
-        return False
-    # In the order of the dimension in which they differ most, a piece can overlap those right behind it only.
-    axis = max(range(len(size)), key=lambda dim: len({box[dim] for box in boxes}), default=0)
-    boxes.sort(key=lambda box: box[axis:])
-    for at, box in enumerate(boxes):
-        for other in boxes[at + 1 :]:
-            if other[axis][0] >= box[axis][1]:  # as do all that follow
-                break
-            if all(a[0] < b[1] and b[0] < a[1] for a, b in zip(box, other, strict=True)):
-                return False
-    return True
-
-
 def _check_value(value: Any, index: MetadataIndex, entry: TensorStorageMetadata | BytesStorageMetadata) -> None:
     """Raise ValueError for a piece of a tensor that is not what the metadata says."""
     if isinstance(entry, TensorStorageMetadata):
@@ -178,7 +112,9 @@ def check_files(
             damaged = zipfile.ZipFile(entry).testzip()
             entry.seek(0)
             if is_tensor or index.fqn in wanted:  # checksums do not cover the zip headers
-                _check_value(load_object(entry, index.fqn), index, metadata.state_dict_metadata[index.fqn])
+                _check_value(
+                    load_object(entry, f"the entry {index.fqn}"), index, metadata.state_dict_metadata[index.fqn]
+                )
         except UnsafeError:
             raise
         except Exception as error:  # whatever damaged headers may lead to
@@ -196,18 +132,37 @@ def _entry(folder: str | os.PathLike[str], metadata: Metadata, index: MetadataIn
 
 
 def _check_param_groups(state_dict: dict[str, Any], folder: str | os.PathLike[str], metadata: Metadata) -> None:
-    """The params of each param group must be those in the checkpoint, or they would get others' hyper-parameters."""
+    """Raise ValueError for saved param groups that the optimizer would refuse, or that are not its own.
+
+    The params of each must be those in the checkpoint, or they would get others' hyper-parameters.
+    """
+    saved: dict[tuple[Any, ...], dict[str, Any]] = {}  # by the place of each group
     for fqn, path in metadata.planner_data.items():
-        if path[-3:-2] != ("param_groups",) or path[-1] != "params" or not isinstance(path[-2], int):
-            continue
-        if (groups := _find(state_dict, path[:-2])) is NOTHING:  # not among what is being loaded
-            continue
-        if path[-2] >= len(groups):
+        if (
+            path[-3:-2] == ("param_groups",)
+            and isinstance(path[-2], int)
+            and _find(state_dict, path[:-2]) is not NOTHING
+        ):
+            saved.setdefault(path[:-1], {})[path[-1]] = fqn
+    for place, entries in saved.items():
+        groups, index = _find(state_dict, place[:-1]), place[-1]
+        if index >= len(groups):
             raise ValueError(f"{folder} has more than the {len(groups)} param groups of the optimizer")
-        saved = load_object(_entry(folder, metadata, MetadataIndex(fqn)), fqn)
-        for theirs, ours in zip_longest(saved, groups[path[-2]]["params"], fillvalue="no parameter"):
+        own = groups[index]
+        group = {
+            key: load_object(_entry(folder, metadata, MetadataIndex(fqn)), f"the entry {fqn}")
+            for key, fqn in entries.items()
+            if key in own and isinstance(metadata.state_dict_metadata[fqn], BytesStorageMetadata)
+        }
+        for theirs, ours in zip_longest(group.get("params", own["params"]), own["params"], fillvalue="no parameter"):
             if theirs != ours:
-                raise ValueError(f"group {path[-2]} in {folder} has {theirs} where that of the optimizer has {ours}")
+                raise ValueError(f"group {index} in {folder} has {theirs} where that of the optimizer has {ours}")
+        for key in LAYOUT:
+            if key in group and key in own and group[key] != own[key]:
+                raise ValueError(
+                    f"group {index} in {folder} has {key}={group[key]}, that of the optimizer {key}={own[key]}"
+                )
+        check_hyperparameters(group, f"group {index} in {folder}")
 
 
 def _find(state_dict: dict[str, Any], path: Sequence[str | int]) -> Any:
