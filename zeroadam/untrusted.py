@@ -42,13 +42,14 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 
 
-OPCODES = """
+_OPCODE_NAMES = """
     PROTO FRAME STOP MARK POP POP_MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET PUT GET
     NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT INT LONG FLOAT
     SHORT_BINUNICODE BINUNICODE BINUNICODE8 UNICODE SHORT_BINSTRING SHORT_BINBYTES BINBYTES
     EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS
     EMPTY_SET ADDITEMS FROZENSET GLOBAL STACK_GLOBAL REDUCE BUILD NEWOBJ NEWOBJ_EX
 """
+OPCODES = frozenset(_OPCODE_NAMES.split())
 
 
 class UnsafeError(ValueError):
@@ -130,7 +131,7 @@ def one_kind_of_error(folder: Any) -> Iterator[None]:
 def _check_opcodes(data: bytes) -> None:
     """Raise ValueError for a pickle that no metadata are written as, or that would take all memory there is."""
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name not in OPCODES.split() or (opcode.name == "LONG_BINPUT" and int(argument or 0) > len(data)):
+        if opcode.name not in OPCODES or (opcode.name == "LONG_BINPUT" and int(argument or 0) > len(data)):
             raise ValueError(f"it holds {opcode.name} {argument}")
 
 

@@ -23,15 +23,15 @@ def load_file(file: str | os.PathLike[str], *, mmap: bool = False) -> Any:
         OSError: it is not there, or cannot be read.
     """
     path = Path(file)
-    try:
-        with path.open("rb") as stream:
+    with path.open("rb") as stream:
+        try:
             if not zipfile.is_zipfile(stream):
                 raise ValueError("it is no zip file, as torch.save writes since version 1.6")
             with zipfile.ZipFile(stream) as archive:
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"the checksum of {damaged} is wrong")
-        return load_object(path, str(path), mmap=mmap)
-    except (OSError, UnsafeError):
-        raise
-    except Exception as error:  # whatever damaged headers may lead to
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+            return load_object(path, str(path), mmap=mmap)
+        except UnsafeError:
+            raise
+        except Exception as error:  # whatever damaged headers may lead to
+            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from None

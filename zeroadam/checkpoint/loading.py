@@ -7,6 +7,7 @@ tensors: where a file turns out to be cut short, half of them are new by then; a
 import io
 import math
 import os
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -68,6 +69,8 @@ def load(
             wanted = {fqn for fqn, path in metadata.planner_data.items() if _find(plain, path) is not NOTHING}
             check_files(checkpoint_id, metadata, wanted, part=group.rank(), parts=group.size())
             _check_param_groups(plain, checkpoint_id, metadata)
+            if group.rank() == 0:
+                _warn_of_two_saves(checkpoint_id, metadata)
         return {"what is in the checkpoint (do all see the same folder?)": f"{len(metadata.storage_data)} entries"}
 
     check_ranks_agree(group, check)
@@ -129,6 +132,22 @@ def _entry(folder: str | os.PathLike[str], metadata: Metadata, index: MetadataIn
     with (Path(folder) / info.relative_path).open("rb") as file:
         file.seek(info.offset)
         return io.BytesIO(file.read(info.length))
+
+
+def _warn_of_two_saves(folder: str | os.PathLike[str], metadata: Metadata) -> None:
+    """Steps that differ from file to file, and within none, most likely mean that files of another save are there.
+
+    `Manager` gives files names of their own. Those of torch are the same in each checkpoint.
+    """
+    steps: dict[str, list[float]] = {}
+    for index, info in metadata.storage_data.items():
+        if metadata.planner_data.get(index.fqn, ())[-1:] == ("step",):
+            value = load_object(_entry(folder, metadata, index), f"the entry {index.fqn}")
+            steps.setdefault(info.relative_path, []).append(float(value))
+    uniform = all(len(set(found)) == 1 for found in steps.values())
+    if uniform and sum(map(len, steps.values())) > 2 and len({found[0] for found in steps.values()}) > 1:
+        where = ", ".join(f"{found[0]:.0f} in {file}" for file, found in sorted(steps.items()))
+        warnings.warn(f"{folder} has files of different steps ({where}): are they of one save?", stacklevel=2)
 
 
 def _check_param_groups(state_dict: dict[str, Any], folder: str | os.PathLike[str], metadata: Metadata) -> None:
