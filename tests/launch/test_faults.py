@@ -1,21 +1,17 @@
 """Training goes on: resumed, with damaged checkpoints, with workers killed again and again, with a host less."""
 
-import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from commands import ROOT, SMALL, TORCHRUN, environment, final, newest_step, torchrun, until, whole, zeroadam
+from commands import ROOT, RUN_SECONDS, SMALL, TORCHRUN, environment, final, torchrun, until, whole, zeroadam
+from soak import Agent, is_saving, kill, newest_step
 from state_checks import equal
 from train import GPT, batch, loss_of, read_text
 
@@ -115,57 +111,6 @@ def test_a_full_disk_is_reported_and_does_not_end_the_training(tmp_path: Path) -
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
-class Agent:
-    """A torchrun that is killed, or whose workers are; ended with its workers whatever happens."""
-
-    def __init__(self, log: Path, *options: str) -> None:
-        self.log = log
-        command = [sys.executable, "-m", "torch.distributed.run", *options]
-        with log.open("w") as output:
-            variables = {**environment(log.parent), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=variables)
-
-    def workers(self) -> list[int]:
-        try:
-            return [
-                int(pid)
-                for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-            ]
-        except FileNotFoundError:
-            return []
-
-    def wait_for(self, condition: Callable[[], Any], seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None, self.log.read_text()[-5000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-5000:]
-            time.sleep(0.002)
-
-    def __enter__(self) -> "Agent":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(timeout=40)
-            except subprocess.TimeoutExpired:
-                for pid in (*self.workers(), self.process.pid):
-                    kill(pid)
-                self.process.wait()
-
-
-def kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def is_saving(folder: Path) -> bool:
-    """Whether a checkpoint is being written: a part of one, behind the newest that is whole."""
-    steps = [int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.tmp")]
-    return any(step > newest_step(folder) for step in steps)
-
-
 KILLS = 20
 
 
@@ -250,6 +195,15 @@ def test_with_a_host_less_it_goes_on(tmp_path: Path) -> None:
     loss, expected = (text_loss(final(tmp_path / name)["model"]) for name in ("elastic", "steady"))
     print(f"loss {loss:.3f}, of the undisturbed run {expected:.3f}")
     assert loss == pytest.approx(expected, rel=0.05)
+
+
+def test_a_soak(tmp_path: Path) -> None:
+    """launch/soak.py itself: every way to disturb a run that a few kills come to."""
+    command = [sys.executable, f"{ROOT}/launch/soak.py", "--kills", "4", "--steps", "60", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * RUN_SECONDS, env=environment(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "1 rounds bit-equal" in done.stdout
+    assert not list(tmp_path.glob("soak-*"))
 
 
 def text_loss(weights: dict[str, torch.Tensor]) -> float:
