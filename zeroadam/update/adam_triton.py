@@ -17,6 +17,7 @@ from zeroadam.update.piece import Piece
 from zeroadam.update.rounding import CODES, GOLDEN, HASH
 
 BLOCK = 2048
+WARPS = 4
 TENSORS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "remainder", "step")  # after the parameter
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 Table = tuple[Tensor, Tensor]  # the same on the host and on the device
@@ -55,7 +56,7 @@ def update(pieces: Sequence[Piece], group: dict[str, Any]) -> None:
 
 
 def _scalars(steps: list[Tensor], group: dict[str, Any]) -> Tensor:
-    """Count a step of each piece, and compute once for all what depends on it: float32 [pieces, 3]."""
+    """Count a step of each piece, and compute for all what depends on it: float32 [pieces, 4], rows of 16 bytes."""
     torch._foreach_add_(steps, 1)
     (beta1, beta2), lr = group["betas"], group["lr"]
     # In float64 as in torch: [pieces] each.
@@ -63,7 +64,7 @@ def _scalars(steps: list[Tensor], group: dict[str, Any]) -> Tensor:
     lr = lr.double() if isinstance(lr, Tensor) else lr
     size, root = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
     decay = torch.zeros_like(step) + (1 - lr * group["weight_decay"])
-    return torch.stack([size, root, decay], 1).float()
+    return torch.stack([size, root, decay, decay], 1).float()
 
 
 def _update_alike(pieces: Sequence[Piece], group: dict[str, Any], aligned: bool, scalars: Tensor) -> None:
@@ -94,6 +95,7 @@ def _update_alike(pieces: Sequence[Piece], group: dict[str, Any], aligned: bool,
         hash_=HASH,
         golden=GOLDEN,
         block=BLOCK,
+        num_warps=WARPS,
         enable_fp_fusion=True,  # as in torch's fused kernel
     )
 
@@ -215,7 +217,7 @@ def _kernel(
     if aligned:
         numel = tl.multiple_of(numel, 16)
     mask = offsets < numel
-    size, root = tl.load(scalars + piece * 3), tl.load(scalars + piece * 3 + 1)
+    size, root = tl.load(scalars + piece * 4), tl.load(scalars + piece * 4 + 1)
 
     param_at = _at(row, 0, param_dtype, offsets, aligned)
     param = tl.load(param_at, mask=mask)
@@ -237,7 +239,7 @@ def _kernel(
     if maximize:
         grad = -grad
     if decoupled:
-        weight *= tl.load(scalars + piece * 3 + 2)
+        weight *= tl.load(scalars + piece * 4 + 2)
     else:
         grad += weight * weight_decay
 
