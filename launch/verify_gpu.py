@@ -379,18 +379,20 @@ def bandwidth() -> str:
     device, numel = device_of(0), int(os.environ.get("NUMEL", "1_000_000"))
     rates = {"copy": copy_rate(numel, device)}
     for shift in (0, 1):
-        for triton in ("0", "1") if CUDA else ("0",):
-            os.environ[TRITON] = triton
+        for warps in (0, 4, 8) if CUDA else (0,):  # of our own kernel, if any
+            os.environ[TRITON] = "1" if warps else "0"
             from zeroadam.update import adam
 
             adam._triton_update.cache_clear()
+            if warps:
+                adam._triton_update().WARPS = warps
             for name, cls in (("AdamW", torch.optim.AdamW), ("ours", ZeroAdamW)):
-                if name == "AdamW" and triton == "1":
+                if name == "AdamW" and warps:
                     continue
                 param = nn.Parameter(torch.zeros(numel + shift, device=device)[shift:])
                 param.grad = torch.zeros(numel + shift, device=device)[shift:]
                 optimizer = cls([param], fused=True)
-                what = f"{name}{', Triton' if triton == '1' else ''}{', off 16 bytes' if shift else ''}"
+                what = f"{name}{f', Triton, {warps} warps' if warps else ''}{', off 16 bytes' if shift else ''}"
                 rates[what] = 28 * numel / median_ms(optimizer.step) / 1e6
                 del optimizer, param
     return "; ".join(f"{name} {rate:,.0f} GB/s" for name, rate in rates.items())

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from adam_reference import assert_same, parameters, set_gradients
 from checkpoint_nets import application, build, steps
 from measure import io_bytes, memory, start_peak
+from on_a_backend import on_a_backend
 from state_checks import MB, OPTIONS, SLACK, assert_goes_on, equal, snapshot, trained
 from torch import nn
 from torch.distributed.checkpoint.state_dict import set_state_dict
@@ -23,10 +24,12 @@ from zeroadam import ZeroAdamW, checkpoint
 WORLD_SIZES = [1, 2, 3, 4, 6]
 
 
-def save(folder: str) -> None:
+def save(folder: str, background: bool = True) -> None:
     ours, _, mine, _ = trained()
     dcp.save({"optimizer": ours}, checkpoint_id=f"{folder}/direct")
     dcp.save(application(nn.ParameterList(mine), ours), checkpoint_id=f"{folder}/by name")
+    if not background:
+        return
     future = dcp.async_save({"optimizer": ours.state_dict(sharded=True)}, checkpoint_id=f"{folder}/async")
     set_gradients(9, mine)
     ours.step()  # which the copy being saved does not see
@@ -61,6 +64,14 @@ def test_saved_at_any_number_of_ranks_and_loaded_at_any_other(run_ranks, tmp_pat
         run_ranks(load, other, str(tmp_path), {"by name": checkpoint.load})
     following = WORLD_SIZES[WORLD_SIZES.index(world_size) - 1]
     run_ranks(load, following, str(tmp_path), {"direct": dcp.load, "async": checkpoint.load, "by name": dcp.load})
+
+
+@on_a_backend(1, 2, 3, 4)
+def test_saved_and_loaded_on_the_code_path_of_nccl(run_ranks, tmp_path: Path, transport: str, world_size: int) -> None:
+    """Not in the background, for which torch needs a process group of its own there."""
+    run_ranks(save, world_size, str(tmp_path), False, transport=transport)
+    roads = {"by name": checkpoint.load, "direct": checkpoint.load}
+    run_ranks(load, 1 + world_size % 4, str(tmp_path), roads, transport=transport)
 
 
 def shares(folder: str) -> list[int]:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from on_a_backend import on_a_backend
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -67,6 +68,11 @@ def train_both(options: dict[str, Any], atol: float) -> None:
 @pytest.mark.parametrize("options", [{"fused": False}, {"foreach": True}], ids=str)
 def test_bitwise_equal_to_ddp_with_adamw(run_ranks, options: dict[str, Any], world_size: int) -> None:
     run_ranks(train_both, world_size, options, 0.0)
+
+
+@on_a_backend(1, 2, 3, 4)
+def test_bitwise_equal_to_ddp_with_adamw_on_the_code_path_of_nccl(run_ranks, transport: str, world_size: int) -> None:
+    run_ranks(train_both, world_size, {"foreach": True}, 0.0, transport=transport)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

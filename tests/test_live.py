@@ -398,6 +398,12 @@ def test_random_programs_on_other_transports(run_ranks: Any, mode: str, transpor
     run_ranks(run_all, 2, mode, EXAMPLES, timeout=600 + EXAMPLES, transport=transport)
 
 
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_random_programs_on_the_code_path_of_nccl(run_ranks: Any, world_size: int) -> None:
+    """Without the hook, as the backend's sums of three and more are in an order of its own."""
+    run_ranks(run_all, world_size, "plain", EXAMPLES, timeout=600 + EXAMPLES, transport="late backend")
+
+
 def exchanged(hook: bool) -> None:
     """A vocabulary that grows: the old parameter is no longer trained, gathered, kept in memory, or paid for."""
     net = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 8))

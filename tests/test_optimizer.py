@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from adam_reference import assert_same, assert_same_on_all_ranks, dense, parameters, set_gradients, train_both
+from on_a_backend import on_a_backend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -45,6 +46,11 @@ def test_bitwise_equal_to_torch_with_options(
 def test_fused_is_equal_up_to_the_rounding_of_the_kernel(run_ranks, options: dict[str, Any], world_size: int) -> None:
     """Relative 1e-5, absolute 1e-6 after 20 steps of lr 1e-2: some units in the last place of float32."""
     run_ranks(train_both, world_size, ZeroAdamW, {"fused": True, **options}, 1e-5, 1e-6)
+
+
+@on_a_backend(1, 2, 3, 4)
+def test_bitwise_equal_to_torch_on_the_code_path_of_nccl(run_ranks, transport: str, world_size: int) -> None:
+    run_ranks(train_both, world_size, ZeroAdamW, {"foreach": True}, transport=transport)
 
 
 def defaults() -> None:

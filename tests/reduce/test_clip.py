@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from on_a_backend import on_a_backend
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -67,6 +68,11 @@ def clipped(hook: bool) -> None:
 def test_norm_and_clipped_gradients_are_those_of_torch(run_ranks, hook: bool, world_size: int) -> None:
     """Any norm, clipping and not, to 1e-5: another order of summation."""
     run_ranks(clipped, world_size, hook)
+
+
+@on_a_backend(1, 2, 3, 4)
+def test_norm_and_clipped_gradients_on_the_code_path_of_nccl(run_ranks, transport: str, world_size: int) -> None:
+    run_ranks(clipped, world_size, True, transport=transport)
 
 
 def other_tensors() -> None:

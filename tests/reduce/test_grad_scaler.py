@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from on_a_backend import on_a_backend
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -70,6 +71,11 @@ def compare(kind: str, clip: bool) -> None:
 def test_scales_and_parameters_are_those_of_ddp_with_adamw(run_ranks, kind: str, clip: bool, world_size: int) -> None:
     """torch's own scaler without the hook, ours with it; to 1e-4, for sums in another order, after 24 steps of 1e-2."""
     run_ranks(compare, world_size, kind, clip)
+
+
+@on_a_backend(1, 2, 3, 4)
+def test_scales_and_parameters_on_the_code_path_of_nccl(run_ranks, transport: str, world_size: int) -> None:
+    run_ranks(compare, world_size, "hook", True, transport=transport)
 
 
 def refused(clip: bool) -> None:

@@ -5,6 +5,8 @@ W and feeds torch.optim.AdamW: that is the reference.
 """
 
 import copy
+import itertools
+import math
 import os
 import re
 import signal
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from on_a_backend import BACKENDS, on_a_backend
 from torch import Tensor, nn
 from torch.distributed.algorithms import Join
 from torch.nn.parallel import DistributedDataParallel
@@ -98,7 +101,7 @@ def train(case: str, bucket_cap_mb: float = 0.5, *, zero: bool = True) -> list[T
         group = pairs[dist.get_rank() // 2]
     net = Net(use_checkpoint=case == "checkpoint")
     optimizer: Any = (ZeroAdamW if zero else torch.optim.AdamW)(
-        net.parameters(), **ADAMW, **({"process_group": group} if zero else {})
+        net.parameters(), **ADAMW, **({"process_group": group, "ordered_sums": True} if zero else {})
     )
     module = torch.compile(net, backend="aot_eager") if case == "compile" else net
     model = DistributedDataParallel(
@@ -162,6 +165,12 @@ def test_bitwise_equal_to_adam_fed_the_rank_ordered_mean(run_ranks, bucket_cap_m
     run_ranks(compare, world_size, "plain", bucket_cap_mb)
 
 
+@on_a_backend(1, 2, 3, 4)
+def test_bitwise_equal_on_the_code_path_of_nccl(run_ranks, transport: str, world_size: int) -> None:
+    """With `ordered_sums=True`, which elsewhere changes nothing."""
+    run_ranks(compare, world_size, "plain", 0.5, transport=transport)
+
+
 CASES = [
     *("no_sync", "skip", "unused_by_all", "unused_by_some", "unused_zero", "static_graph", "checkpoint", "compile"),
     *("zero", "module_none", "module_zero", "ddp_none", "ddp_zero"),
@@ -201,6 +210,12 @@ def accumulated() -> None:
 def test_several_backwards_without_no_sync_add_up(run_ranks, world_size: int) -> None:
     """The sum of three backwards of all ranks, up to the order in which it is taken (float32, numbers of order 1)."""
     run_ranks(accumulated, world_size)
+
+
+@on_a_backend(1, 2, 3, 4)
+def test_several_backwards_add_up_on_the_code_path_of_nccl(run_ranks, transport: str, world_size: int) -> None:
+    """Where the backend itself adds, in place."""
+    run_ranks(accumulated, world_size, transport=transport)
 
 
 def compare_with_ddp() -> None:
@@ -267,13 +282,14 @@ def test_low_precision_gradients_are_summed_in_float32(run_ranks) -> None:
     run_ranks(low_precision, 3)
 
 
-def uneven(divide: bool) -> list[Tensor]:
+def uneven(divide: bool, ordered_sums: bool = False) -> list[Tensor]:
     """Rank r has 3 r batches, so that rank 0 has none."""
     results = []
     for zero in (True, False):
         net = Net()
         model = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=0.5)
-        optimizer: Any = (ZeroAdamW if zero else torch.optim.AdamW)(net.parameters(), **ADAMW)
+        options = {"ordered_sums": ordered_sums} if zero else {}
+        optimizer: Any = (ZeroAdamW if zero else torch.optim.AdamW)(net.parameters(), **ADAMW, **options)
         if zero:
             model.register_comm_hook(optimizer, reduce_scatter_hook)
         with Join([model, optimizer] if zero else [model], divide_by_initial_world_size=divide):
@@ -283,16 +299,25 @@ def uneven(divide: bool) -> list[Tensor]:
                 optimizer.zero_grad()
         results.append([param.detach() for param in net.parameters()])
     for ours, plain in zip(*results, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=0, atol=0 if dist.get_world_size() == 2 else 1e-4)
+        torch.testing.assert_close(ours, plain, rtol=0, atol={2: 0, 3: 1e-4}.get(dist.get_world_size(), math.inf))
     return results[0]
 
 
 @pytest.mark.parametrize(
-    ("world_size", "transport"), [(2, "shared memory"), (3, "shared memory"), (2, "sockets"), (2, "late backend")]
+    ("world_size", "transport"),
+    [(2, "shared memory"), (3, "shared memory"), (2, "sockets"), *itertools.product([2, 3], BACKENDS)],
 )
 def test_uneven_inputs_under_join(run_ranks, world_size: int, transport: str) -> None:
     """A rank without inputs updates its pieces all the same; DDP's own result is bitwise equal on two ranks."""
     run_ranks(uneven, world_size, True, transport=transport)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_uneven_inputs_under_join_on_the_code_path_of_nccl(run_ranks, world_size: int) -> None:
+    """Bitwise what they are on gloo, with sums in the same order."""
+    expected, *_ = run_ranks(uneven, world_size, True, True)
+    for found in run_ranks(uneven, world_size, True, True, transport="late backend"):
+        assert all(map(torch.equal, found, expected))
 
 
 def epochs() -> list[Tensor]:

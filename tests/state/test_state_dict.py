@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from adam_reference import assert_same, parameters, set_gradients
 from measure import memory, start_peak
+from on_a_backend import on_a_backend
 from state_checks import MB, OPTIONS, SLACK, assert_goes_on, equal, snapshot, trained
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -45,6 +46,13 @@ def back_and_forth(folder: str) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_its_own_state_dict_and_that_of_torch_can_be_loaded(run_ranks, tmp_path: Path, world_size: int) -> None:
     run_ranks(back_and_forth, world_size, str(tmp_path))
+
+
+@on_a_backend(1, 2, 3, 4)
+def test_state_dicts_can_be_loaded_on_the_code_path_of_nccl(
+    run_ranks, tmp_path: Path, transport: str, world_size: int
+) -> None:
+    run_ranks(back_and_forth, world_size, str(tmp_path), transport=transport)
 
 
 def consolidated(to: int | str) -> bytes | None:

@@ -1,5 +1,6 @@
 """The Triton kernel does what the CPU does; under Triton's interpreter where there is no GPU."""
 
+import gc
 import itertools
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zeroadam.update.adam import Update
 from zeroadam.update.block import Scratch
@@ -268,3 +270,47 @@ def test_gradients_that_are_allocated_anew_cost_one_small_table(kernel: Any) -> 
 def test_every_block_is_of_one_piece(kernel: Any, numels: tuple[int, ...]) -> None:
     expected = [[i, start] for i, numel in enumerate(numels) for start in range(-(-numel // kernel.BLOCK))]
     assert kernel._blocks(numels).tolist() == expected
+
+
+def test_tables_of_a_graph_are_kept_as_long_as_the_state_that_it_changes(
+    kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "_capturing", lambda device: True)  # noqa: ARG005
+    before = len(kernel._CAPTURED)
+    pieces = on_device(pieces_of(torch.float32, "", torch.float32, False))
+    kernel.update(pieces, GROUP)
+    assert before < len(kernel._CAPTURED) <= before + 2  # of those that are aligned, and of the others
+    kernel._TABLES.clear()
+    steps = [piece.state["step"] for piece in pieces]
+    pieces.clear()
+    gc.collect()
+    assert len(kernel._CAPTURED) > before
+    steps.clear()
+    gc.collect()
+    assert len(kernel._CAPTURED) == before
+
+
+@pytest.mark.skipif(CUDA, reason="counts what Triton's interpreter does not launch")
+def test_launches_beside_the_kernel_do_not_grow_with_pieces_or_kinds(kernel: Any, monkeypatch: Any) -> None:
+    """They were 14 for each kind of pieces: two here, as those that begin off 16 bytes are one of their own."""
+
+    class Count(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+                self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(kernel, "_kernel", {(n,): lambda *_, **__: None for n in range(1, 20)})
+    found = []
+    for few in (True, False):
+        pieces = on_device(pieces_of(torch.float32, "", torch.float32, False))[: 1 if few else None]
+        kernel.update(pieces, GROUP)  # its tables are made
+        with Count() as count:
+            kernel.update(pieces, GROUP)
+        found.append(count.names)
+    assert found[0] == found[1]
+    assert len(found[0]) <= 14

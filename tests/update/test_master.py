@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from adam_reference import full, set_gradients
 from commands import zeroadam
 from master_reference import OPTIONS, WAYS, compare, float_copies, low_precision, master_of, train
+from on_a_backend import on_a_backend
 from state_checks import equal
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -92,6 +93,11 @@ def with_hook(way: str) -> None:
 def test_bitwise_equal_with_the_hook(run_ranks, way: str, world_size: int) -> None:
     """Fed the sum that the hook left in bfloat16, over W, in float32."""
     run_ranks(with_hook, world_size, way)
+
+
+@on_a_backend(1, 2, 3, 4)
+def test_with_the_hook_on_the_code_path_of_nccl(run_ranks, transport: str, world_size: int) -> None:
+    run_ranks(with_hook, world_size, "remainder", transport=transport)
 
 
 def follows(way: str, value: float) -> None:

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from adam_reference import PLAIN, assert_same_on_all_ranks, full, set_gradients
 from commands import zeroadam as command
 from master_reference import WAYS, float_copies, low_precision, master_of, step_both
+from on_a_backend import on_a_backend
 from state_checks import equal
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -188,6 +189,11 @@ def with_hook(state: str) -> None:
 def test_with_the_hook(run_ranks, state: str, world_size: int) -> None:
     """To the bit where dividing by W is exact."""
     run_ranks(with_hook, world_size, state)
+
+
+@on_a_backend(1, 2, 3, 4)
+def test_with_the_hook_on_the_code_path_of_nccl(run_ranks, transport: str, world_size: int) -> None:
+    run_ranks(with_hook, world_size, "8bit", transport=transport)
 
 
 def trained(steps: int, **options: Any) -> tuple[nn.Module, ZeroAdamW]:

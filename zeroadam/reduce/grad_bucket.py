@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zeroadam.layout.packing import Packing, direct_rows
 from zeroadam.layout.rows import Rows
+from zeroadam.reduce.means import Means
 from zeroadam.reduce.ownership import Reduced, note
 from zeroadam.transport import Transport
 
@@ -22,6 +23,7 @@ class GradBucket:
         grads: [d0, ...] each, in the memory of one DDP bucket.
         wire_dtype: the dtype in which they are sent, None for their own.
         reduced: the note about the DDP bucket, shared by all parts of it.
+        means: what divides the gradients before the sum, if `reduced.means`.
     """
 
     def __init__(
@@ -32,7 +34,9 @@ class GradBucket:
         transport: Transport,
         wire_dtype: torch.dtype | None,
         reduced: Reduced,
+        means: Means,
     ) -> None:
+        self.means = means if reduced.means else None
         self.params, self.grads, self.reduced = list(params), list(grads), reduced
         self.process_group, self.transport = process_group, transport
         self.rank, self.world_size = process_group.rank(), process_group.size()
@@ -65,6 +69,8 @@ class GradBucket:
         """Pack, send and receive; `memory` is uint8, [memory_bytes] or more, and in use until `finish`."""
         if memory is not self.memory:
             self._use(memory)
+        if self.means is not None:
+            self.means.divide(self.params, self.grads)
         self.packing.pack()
         self.sums = self._start()
 
@@ -91,7 +97,8 @@ class GradBucket:
         if self.packing.tensors:
             self.packing.keep_own(sums[-1])
         if self.zero_dim and self.world_size > 1:
-            torch._foreach_div_(self.zero_dim, self.world_size)
+            if self.means is None:
+                torch._foreach_div_(self.zero_dim, self.world_size)
             if not self.transport.same_on_all_ranks:
                 together = torch.stack(self.zero_dim)
                 dist.broadcast(together, group=self.process_group, group_src=0)
@@ -104,3 +111,5 @@ class GradBucket:
         if self.noted != self.reduced.lost:  # not every time, as it takes longer than all the rest
             self.noted = self.reduced.lost
             note(self.params, self.reduced)
+        if self.means is not None:
+            self.means.note(self.params)

@@ -3,6 +3,7 @@
 After backward, `p.grad` holds the SUM over the ranks in the piece that this rank owns, and zero elsewhere. A sum and
 not the mean, so that another backward still adds up: the owner has S1 + g, the others 0 + g, and their sum is S1 + S2.
 `step()` divides by W. A 0-d parameter belongs to all ranks and has the mean on all: W times S1 / W adds up as well.
+In float16, where the backend itself adds, the owner has the mean: see `zeroadam.reduce.means`.
 
 Messages are under way while backward goes on and finished by a callback at its end. The future handed to DDP is
 complete from the start: it only tells DDP where the gradients are, which is where they were.
@@ -26,6 +27,7 @@ from zeroadam.layout.packing import direct_rows, is_dense, split_by_size, staged
 from zeroadam.layout.shard import shard
 from zeroadam.reduce.grad_bucket import GradBucket
 from zeroadam.reduce.join import SumsInJoin, in_join
+from zeroadam.reduce.means import Means
 from zeroadam.reduce.ownership import Owner, Reduced, held_params, owners_of, reduced_of
 from zeroadam.report import Meter
 from zeroadam.transport import Transport, Transports
@@ -81,7 +83,7 @@ class Reduction:
         self.seen: set[int] = set()
         self.started = 0  # staged parts in this backward; by which memory is chosen, alike on all ranks
         self.memory: dict[tuple[torch.device, int], Tensor] = {}
-        self.sums_in_join = SumsInJoin(self._fail)
+        self.sums_in_join, self.means = SumsInJoin(self._fail), Means(process_group)
         # In `Join`, what a rank without inputs gets for its pieces: DDP does not put it into p.grad there.
         self.joined: list[tuple[Tensor, Tensor]] = []
 
@@ -225,9 +227,13 @@ class Reduction:
         # One note for all parts: the gradients of a bucket share their version counter.
         own = [shard(grad, self.process_group.size(), self.process_group.rank()) for grad in grads.values()]
         strides = {id(param): grad.stride() for param, grad in grads.items()}
-        reduced = Reduced(buffer.untyped_storage().data_ptr(), self.process_group.group_name, own, strides)
+        # Where the backend adds, which also sums otherwise on every rank, it does so in the dtype of the gradients.
+        means = buffer.dtype == torch.float16 and not transport.same_on_all_ranks
+        reduced = Reduced(buffer.untyped_storage().data_ptr(), self.process_group.group_name, own, strides, means)
         return [
-            GradBucket(params, [grads[p] for p in params], self.process_group, transport, wire_dtype, reduced)
+            GradBucket(
+                params, [grads[p] for p in params], self.process_group, transport, wire_dtype, reduced, self.means
+            )
             for params in runs
         ]
 

@@ -47,11 +47,18 @@ class Reduced:
     Args:
         pieces: of the gradients, [c, ...] each, in the memory of the bucket.
         strides: of the gradients, by the id of the parameter.
+        means: whether the pieces are means, not sums (see `zeroadam.reduce.means`).
     """
 
     def __init__(
-        self, storage: int, group_name: str, pieces: Sequence[Tensor], strides: dict[int, tuple[int, ...]]
+        self,
+        storage: int,
+        group_name: str,
+        pieces: Sequence[Tensor],
+        strides: dict[int, tuple[int, ...]],
+        means: bool = False,
     ) -> None:
+        self.means = means
         self.storage, self.version, self.group_name, self.strides = storage, -1, group_name, strides
         self.lost = 0  # how many of its parameters have been reduced in another DDP bucket since
         # Not the pieces themselves, which would keep the memory of the bucket alive.

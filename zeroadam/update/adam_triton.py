@@ -11,16 +11,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from zeroadam.update.piece import Piece
 from zeroadam.update.rounding import CODES, GOLDEN, HASH
 
 BLOCK = 2048
+WARPS = 4
 TENSORS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "remainder", "step")  # after the parameter
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Kernels in a CUDA graph go on reading their tables, which must not be freed before the graph.
 Table = tuple[Tensor, Tensor]  # the same on the host and on the device
-_CAPTURED: list[Table] = []
+# Kernels in a CUDA graph go on reading their tables, which are kept as long as the state that the graph changes: the
+# count of steps of the first piece -> tables.
+_CAPTURED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _TABLES: dict[Any, Table] = {}
 MAX_TABLES = 1000
 
@@ -46,21 +49,27 @@ def update(pieces: Sequence[Piece], group: dict[str, Any]) -> None:
         tensors = [piece.param, piece.grad, *(tensor for name, tensor in piece.state.items() if name != "step")]
         aligned = piece.param.numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
         kinds.setdefault((aligned, piece.param.dtype, piece.grad.dtype, piece.compute, dtypes), []).append(piece)
+    rest = _scalars([piece.state["step"] for alike in kinds.values() for piece in alike], group)
     for (aligned, *_), alike in kinds.items():
-        _update_alike(alike, group, aligned)
+        _update_alike(alike, group, aligned, rest[: len(alike)])
+        rest = rest[len(alike) :]
 
 
-def _update_alike(pieces: Sequence[Piece], group: dict[str, Any], aligned: bool) -> None:
-    """Of pieces of the same dtypes; aligned: all lie at multiples of 16 bytes, so that loads may be as wide."""
-    steps = [piece.state["step"] for piece in pieces]
+def _scalars(steps: list[Tensor], group: dict[str, Any]) -> Tensor:
+    """Count a step of each piece, and compute for all what depends on it: float32 [pieces, 4], rows of 16 bytes."""
     torch._foreach_add_(steps, 1)
-    first, (beta1, beta2), lr = pieces[0], group["betas"], group["lr"]
-    # What depends on the count of steps, in float64 as in torch: [pieces] each.
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    # In float64 as in torch: [pieces] each.
     step = torch.stack(steps).double()
     lr = lr.double() if isinstance(lr, Tensor) else lr
     size, root = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
     decay = torch.zeros_like(step) + (1 - lr * group["weight_decay"])
-    scalars = torch.stack([size, root, decay], 1).float()
+    return torch.stack([size, root, decay, decay], 1).float()
+
+
+def _update_alike(pieces: Sequence[Piece], group: dict[str, Any], aligned: bool, scalars: Tensor) -> None:
+    """Of pieces of the same dtypes; aligned: all lie at multiples of 16 bytes, so that loads may be as wide."""
+    first, (beta1, beta2) = pieces[0], group["betas"]
     table, blocks, grads = _tables(pieces)
     _kernel[(blocks.shape[0],)](
         table,
@@ -86,6 +95,7 @@ def _update_alike(pieces: Sequence[Piece], group: dict[str, Any], aligned: bool)
         hash_=HASH,
         golden=GOLDEN,
         block=BLOCK,
+        num_warps=WARPS,
         enable_fp_fusion=True,  # as in torch's fused kernel
     )
 
@@ -107,9 +117,13 @@ def _tables(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor, Tensor]:
         _table(tuple(piece.param.numel() for piece in pieces), device, _blocks),
         _table(tuple(piece.grad.data_ptr() for piece in pieces), device, _as_rows),
     )
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _CAPTURED.extend(tables)
+    if _capturing(device):
+        _CAPTURED.setdefault(pieces[0].state["step"], []).extend(tables)
     return tables[0][1], tables[1][1], tables[2][1]
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _table(numbers: tuple[int, ...], device: torch.device, make: Callable[[tuple[int, ...]], Tensor]) -> Table:
@@ -203,7 +217,7 @@ def _kernel(
     if aligned:
         numel = tl.multiple_of(numel, 16)
     mask = offsets < numel
-    size, root = tl.load(scalars + piece * 3), tl.load(scalars + piece * 3 + 1)
+    size, root = tl.load(scalars + piece * 4), tl.load(scalars + piece * 4 + 1)
 
     param_at = _at(row, 0, param_dtype, offsets, aligned)
     param = tl.load(param_at, mask=mask)
@@ -225,7 +239,7 @@ def _kernel(
     if maximize:
         grad = -grad
     if decoupled:
-        weight *= tl.load(scalars + piece * 3 + 2)
+        weight *= tl.load(scalars + piece * 4 + 2)
     else:
         grad += weight * weight_decay
 
