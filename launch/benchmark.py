@@ -233,10 +233,10 @@ def main() -> None:
         leave()
         return
     if args.checkpoint:
-        from benchmark_checkpoint import saving, snapshots
+        from benchmark_checkpoint import pauses, saving
 
         numel = numel_of(args.width, args.layers, args.context)
-        for rows in (saving(args, device), snapshots(args, device)):
+        for rows in (saving(args, device), pauses(args, device)):
             if dist.get_rank() == 0:
                 show(rows, title_of(numel, f"{args.steps} rounds in {args.checkpoint}"), args)
         leave()

@@ -1,8 +1,10 @@
 """How long saving and loading the optimizer's state takes, and what it costs a training. See `launch/benchmark.py`."""
 
 import argparse
+import shutil
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from implementations import Implementation
 from measure import io_bytes, memory, start_peak
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from zeroadam import ZeroAdamW, checkpoint
 
@@ -83,37 +86,99 @@ def saving(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any
     return rows
 
 
-def snapshots(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Training that saves everything every few steps beside training that does not, ten steps in turns."""
+class Background:
+    """A way to save model and optimizer while training goes on."""
+
+    def __init__(self, name: str, implementation: Implementation, folder: Path) -> None:
+        self.name, self.implementation, self.folder, self.count = name, implementation, folder / name, 0
+        self.objects = {"model": implementation.model, "optimizer": implementation.optimizer}
+        self.manager: checkpoint.Manager | None = None
+        self.future: Any = None
+        if name.startswith("Manager"):
+            self.manager = checkpoint.Manager(self.folder, in_background="in_background" not in name, **self.objects)
+        else:
+            self.group = dist.new_group(backend="gloo")
+        self.paused, self.slowest, self.quiet, self.seconds = list[float](), list[float](), list[float](), list[float]()
+
+    def save(self) -> None:
+        self.count += 1
+        if self.manager is not None:
+            self.manager.save(self.count)
+        elif self.name == "dcp.async_save":
+            model, optimizer = get_state_dict(*self.objects.values())
+            shutil.rmtree(self.folder, ignore_errors=True)
+            state = {"model": model, "optimizer": optimizer}
+            self.future = dcp.async_save(state, checkpoint_id=self.folder, process_group=self.group)
+
+    def is_done(self) -> bool:
+        """Whether nothing is being written, on any rank."""
+        writing = self.manager is not None and self.manager.is_writing()
+        writing = writing or (self.future is not None and not self.future.done())
+        answer = torch.tensor(int(writing))
+        dist.all_reduce(answer)
+        return not answer.item()
+
+    def block(self, tokens: torch.Tensor) -> None:
+        """Steps without saving, and then from a save on until all is written, at least one."""
+        for _ in range(4):
+            start = time.perf_counter()
+            self.implementation.step(tokens)
+            self.quiet.append(time.perf_counter() - start)
+        begin, during = time.perf_counter(), []
+        while not during or not self.is_done():
+            start = time.perf_counter()
+            if not during:
+                self.save()
+                self.paused.append(time.perf_counter() - start)
+            self.implementation.step(tokens)
+            during.append(time.perf_counter() - start)
+        self.seconds.append(time.perf_counter() - begin)
+        self.slowest.append(max(during))
+
+
+WAYS_TO_SAVE = ["nothing", "Manager", "Manager, in_background=False", "dcp.async_save"]
+
+
+def pauses(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """What a save costs a training: the slowest step until it is written, beside steps without one."""
     implementation = Implementation("zeroadam + hook", args, device)
     tokens = torch.randint(256, (args.batch_size, args.context + 1), device=device)
-    objects = {"model": implementation.model, "optimizer": implementation.optimizer}
-    folder = checkpoint.Manager(args.checkpoint / "snapshots", **objects)
-    blocks: dict[int, list[float]] = {every: [] for every in (0, 1, 4, 10)}
-    count = 0
-    for _ in range(2 + args.steps):
-        for every, seconds in blocks.items():
-            dist.barrier()
-            start = time.perf_counter()
-            for step in range(10):
-                implementation.step(tokens)
-                if every and step % every == 0:
-                    count += 1
-                    folder.save(count)
-            folder.finish()
-            dist.barrier()
-            seconds.append(time.perf_counter() - start)
-    folder.close()
+    for _ in range(3):
+        implementation.step(tokens)
+    ways, extra = [], list[float]()
+    for name in WAYS_TO_SAVE:
+        ways.append(Background(name, implementation, args.checkpoint))
+        dist.barrier()
+        before = start_peak()
+        ways[-1].block(tokens)  # which is not counted, but for its memory
+        extra.append((memory("VmHWM") - before) / 1e6)
+    for way in ways:
+        for numbers in (way.paused, way.slowest, way.quiet, way.seconds):
+            numbers.clear()
+    for _ in range(args.steps):
+        for way in ways:
+            way.block(tokens)
+    median = statistics.median(seconds for way in ways for seconds in way.quiet)
     rows = []
-    for every, seconds in blocks.items():
-        ratios = sorted(mine / plain for mine, plain in zip(seconds[2:], blocks[0][2:], strict=True))
+    for way, peak in zip(ways, extra, strict=True):
+        ratios = sorted(seconds / median for seconds in way.slowest)
         rows.append(
             {
-                "model and optimizer saved": f"every {every} steps" if every else "never",
-                "ratio": statistics.median(ratios),
-                "ratio p10": ratios[len(ratios) // 10],
-                "ratio p90": ratios[len(ratios) * 9 // 10],
-                "ms per step": 100 * statistics.median(seconds[2:]),
+                "model and optimizer saved by": way.name,
+                "slowest step": statistics.median(ratios),
+                "least": ratios[0],
+                "most": ratios[-1],
+                "pause, ms": 1000 * statistics.median(way.paused),
+                "written after, s": statistics.median(way.seconds) if way.name != "nothing" else "",
+                "memory over a step's, MB": peak - extra[0],
             }
         )
+        if way.manager is not None:
+            way.manager.close()
+    rows.append(
+        {
+            "model and optimizer saved by": f"(a step takes {1000 * median:.0f} ms)",
+            **dict.fromkeys(list(rows[0])[1:], ""),
+        }
+    )
     return rows

@@ -132,6 +132,10 @@ class Manager:
             self._write(step, staged, future)
             self.finish()
 
+    def is_writing(self) -> bool:
+        """Whether this rank still writes. Not a collective."""
+        return self._writing is not None and not self._writing[1].done()
+
     def finish(self) -> None:
         """Wait until the last checkpoint is there; warn, and set `error` on every rank, if it could not be written."""
         if self._writing is None:
