@@ -35,9 +35,8 @@ class Manager:
     """Folders step-00000100, step-00000200, ... of torch.distributed.checkpoint, and everything around them.
 
     Saving copies this rank's part and returns; a thread writes it meanwhile. A folder gets its name when it is
-    complete, so that a run which ends at any moment leaves whole checkpoints. A folder that cannot be written, as on a
-    full disk, is a warning, and the training goes on. Every method is a collective of all ranks, and so is the
-    constructor; without torchrun there is one rank.
+    complete, so that a run which ends at any moment leaves whole ones. One that cannot be written, as on a full disk,
+    is a warning. Constructor and methods are collectives of all ranks; without torchrun there is one.
 
     Each rank copies and writes its shards, 1/W of the parameters and of what else is the same on all ranks and belongs
     to a model or an optimizer; the first rank writes all else. Also each rank's state of torch's random numbers.
@@ -121,8 +120,13 @@ class Manager:
 
         check_ranks_agree(self.group, stage)
         assert staged is not None
-        if self.rank == 0 and self.folder is not None:
-            set_aside(self.folder, self.step if self._ours else -1)
+
+        def own() -> Manifest:
+            if self.rank == 0 and self.folder is not None:
+                set_aside(self.folder, self.step if self._ours else -1)
+            return {}
+
+        check_ranks_agree(self.group, own)
         self.step, self._ours = step, True
         future: Future[None] = Future()
         self._writing = step, future
@@ -159,8 +163,7 @@ class Manager:
         as are all that are there if nothing was loaded.
 
         Args:
-            source: the step of another one, or a path to a folder that torch.distributed.checkpoint has written. That
-                one or none.
+            source: the step of another one, or a path to a folder that torch.distributed.checkpoint has written.
 
         Returns:
             its step; that is 0 if there is none yet, and for a path. All objects are as they were then.
@@ -174,9 +177,8 @@ class Manager:
             steps = self.steps()
             if source is not None and source not in steps:
                 raise ValueError(f"{self.folder} has no checkpoint of step {source}, but of {steps or 'none'}")
-            paths = [
-                (step, path_of(Path(self.folder or "."), step)) for step in (steps if source is None else [source])
-            ]
+            folder = self.folder or Path()
+            paths = [(step, path_of(folder, step)) for step in (steps if source is None else [source])]
         else:
             self.finish()
             paths = [(0, Path(source))]
@@ -265,8 +267,11 @@ class Manager:
             )
             if self.rank == 0:
                 complete(partial, path)
-                for old in steps_in(self.folder)[self.keep :] if self.keep else []:
-                    remove(path_of(self.folder, old))
+                try:
+                    for old in steps_in(self.folder)[self.keep :] if self.keep else []:
+                        remove(path_of(self.folder, old))
+                except OSError as error:
+                    warnings.warn(f"an old checkpoint cannot be removed: {error}", stacklevel=2)
         except BaseException as error:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
