@@ -92,8 +92,10 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             wherever a parameter has rows of whole blocks, by bitsandbytes. Adam runs in float32 then; see
             `zeroadam.precision`. None, the default, for moments in the dtype in which Adam runs.
         ordered_sums: for `reduce_scatter_hook` to add gradients up in rank order and in float32 also on NCCL, whose own
-            order depends on W and where bfloat16 is rounded at every hop. On gloo it does so anyway. As many bytes are
-            sent, by an all-to-all; on each rank three parts of a backward need as much memory again, of up to 40 MB.
+            order depends on W and where bfloat16 is rounded at every hop. On gloo it does so anyway, but for sums of
+            bfloat16 and float16 of hosts with several ranks, which are rounded when they go to other hosts: with this
+            they are not. On NCCL as many bytes are sent, by an all-to-all; on each rank three parts of a backward need
+            as much memory again, of up to 40 MB.
         hook: what to register as communication hook where params is a DistributedDataParallel model; None for nothing.
             Its `gradient_as_bucket_view` must be set, or a warning says that there is no hook.
 

@@ -169,6 +169,20 @@ def test_the_benchmark_without_torchrun_says_how_to_start_it() -> None:
 
 
 @pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc for network namespaces")
+@pytest.mark.parametrize(("hosts", "ranks"), [(2, 1), (2, 2), (2, 3), (3, 2)])
+def test_a_host_sends_every_row_once(hosts: int, ranks: int, tmp_path: Path) -> None:
+    """2 (H-1)/H elements per parameter and step, counted on its interface, to 1 %, however many ranks it has."""
+    command = [sys.executable, f"{ROOT}/launch/benchmark_hosts.py", f"{hosts}x{ranks}", "5gbit", "--layers", "3"]
+    command += ["--context", "16", "--steps", "3", "--json", f"{tmp_path}/numbers.json", "--only", *SHARDED[3:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment(tmp_path), check=False)
+    assert done.returncode == 0, done.stderr
+    rows = {row["implementation"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
+    sent = [ranks * rows[name]["sent, bytes/param"] for name in SHARDED[3:]]
+    elements = 2 * (hosts - 1) / hosts
+    assert sent == pytest.approx([4 * elements, 3 * elements], rel=0.01)
+
+
+@pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc for network namespaces")
 def test_hosts_with_a_slow_network(tmp_path: Path) -> None:
     """Each namespace counts what its one rank sends: what the README says, on a real interface; and nothing is left."""
     before = benchmark_namespaces()

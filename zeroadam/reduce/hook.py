@@ -43,7 +43,8 @@ def reduce_scatter_hook(optimizer: Owner | None, bucket: dist.GradBucket) -> tor
     trained parameters are held by this optimizer or others of that group. Register it before the first backward. None
     for the optimizer means the one that holds the bucket, where it does not exist yet when the hook is registered.
     Each rank sends (W-1)/W of the gradients' bytes per backward. p.grad: [d0, ...] -> [d0, ...], of which [c, ...]
-    are the sum over the ranks, on gloo taken in rank order and float32, and the rest zero. 0-d: the mean.
+    are the sum over the ranks, on gloo taken in rank order and float32, and the rest zero. 0-d: the mean. On several
+    hosts with several ranks that is host by host, see `zeroadam.transport.two_level`.
 
     Raises, from `backward()`:
         RuntimeError: `gradient_as_bucket_view=False`, a parameter of no such optimizer, or `model.join()` without it.
@@ -54,7 +55,8 @@ def reduce_scatter_hook(optimizer: Owner | None, bucket: dist.GradBucket) -> tor
 def bf16_reduce_scatter_hook(optimizer: Owner | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """`reduce_scatter_hook` that sends each rank's gradients rounded to bfloat16, half the bytes of float32.
 
-    The sum of the rounded gradients is taken in float32 (on gloo) and stored in the dtype of the gradient.
+    The sum of the rounded gradients is taken in float32 (on gloo) and stored in the dtype of the gradient. The sum of a
+    host with several ranks is rounded as well when it goes to others, unless the optimizer has `ordered_sums=True`.
     """
     return _reduce(optimizer, bucket, torch.bfloat16)
 

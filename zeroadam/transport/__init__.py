@@ -17,7 +17,8 @@ from zeroadam.transport.backend import Backend, OrderedBackend, backend_of, back
 from zeroadam.transport.calls import BACKWARD, CHECK_CALLS, Calls, DisagreementError, RefusedError
 from zeroadam.transport.gloo import Gloo, GlooOnDevice
 from zeroadam.transport.headers import Headers
-from zeroadam.transport.shared_memory import open_shared_memory
+from zeroadam.transport.hosts import find_hosts
+from zeroadam.transport.two_level import TwoLevel
 
 Wait = Callable[[], None]
 Sums = Callable[[], list[Tensor]]
@@ -73,7 +74,7 @@ def choose(
 ) -> Transport:
     """The transport for tensors on a device. A collective.
 
-    ordered_sums: whether sums are taken in rank order and float32 whatever the backend.
+    ordered_sums: whether sums are taken in rank order and float32 whatever the backend, across hosts as well.
 
     Raises:
         ValueError: the process group has no backend for them.
@@ -92,7 +93,12 @@ def choose(
         if backend == "gloo":
             return GlooOnDevice(process_group, channel)
         return (OrderedBackend if ordered_sums else Backend)(process_group, channel)
-    return open_shared_memory(process_group, calls) or Gloo(process_group, calls)
+    hosts = find_hosts(process_group)
+    if len(hosts.ranks) == 1:
+        return hosts.open(calls)
+    if len(hosts.ranks) == process_group.size():
+        return Gloo(process_group, calls)
+    return TwoLevel(process_group, calls, hosts, exact=ordered_sums)
 
 
 def row_rules(backend: str, world_size: int) -> RowRules:
