@@ -58,10 +58,11 @@ class Carriage:
         remote = [ranks for index, ranks in enumerate(hosts) if index != host]
         numels = [sum(of_one) for of_one in message.numels]
         parts = [part for ranks in remote for part in parts_between(ranks, hosts[host])]
-        self.rows = {row for row, _, _ in message.runs}  # the exchanges that it has parts of
+        self.runs = message.runs
         self.own_parts = message.parts[rank]
         self.carried_parts: list[list[Tensor]] = []  # by each rank of this host: views of the rows of other hosts
-        self.carried: list[tuple[int, int, int]] = []  # by this rank: (owner, start, stop) among all that it carries
+        # By this rank: (owner, start, stop) among all that it carries, and where these lie.
+        self.carried: list[tuple[int, int, int, list[Tensor]]] = []
         self.loads: list[list[Tensor]] = []  # of each rank of this host
         self.numels: list[int] = []
         at = carried_at
@@ -70,9 +71,10 @@ class Carriage:
             for part in parts:
                 start, stop = part.of(numels[part.owner])
                 if part.carrier == local and start < stop:
-                    carried += slices(message.parts[part.owner], start, stop)
+                    views = slices(message.parts[part.owner], start, stop)
+                    carried += views
                     if local == rank:
-                        self.carried.append((part.owner, at, at + stop - start))
+                        self.carried.append((part.owner, at, at + stop - start, views))
                         at += stop - start
             self.carried_parts.append(carried)
             self.loads.append([*message.parts[local], *carried])

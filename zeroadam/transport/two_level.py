@@ -50,24 +50,23 @@ class TwoLevel(Gloo):
         self.local = hosts.open(Within(self.host)) if len(self.host) > 1 else None
         self.lost: Exception | None = None  # why this rank's thread does nothing any more
         self.jobs = start_thread(self)
+        self.free: list[Tensor] = []  # memory of reductions that have ended; as many as were ever under way
 
     def prepare_gather(self, exchanges: Sequence[Rows]) -> Callable[[], list[Callable[[], None]]]:
         found = carriages(exchanges, self.hosts.ranks, self.rank, shared_memory.SLOT_BYTES, shared=True)
-        digest, dtype = layout_digest(exchanges), exchanges[0].memory.dtype
+        digest = layout_digest(exchanges)
         tag = digest_of((self.tag, "gather", digest))
         # For each exchange, how many messages there are up to its end.
         last = ends_of(exchanges, found)
 
         def start() -> list[Callable[[], None]]:
             check = self._send_header(self.calls.header(digest, self.headers))
-            received = torch.empty(found[-1].carried_range[1] if found else 0, dtype=dtype)
-            incoming, outgoing = [], []
+            receive, send = self.process_group.recv, self.process_group.send
+            steps, outgoing = [], []
             for one in found:
-                incoming.append([self._receive(received[a:b], owner, tag) for owner, a, b in one.carried])
-                outgoing.append([self._send(one.own(a, b), carrier, tag) for _, carrier, a, b in one.crossing])
-            steps = [
-                partial(self._spread, one, received, works, digest) for one, works in zip(found, incoming, strict=True)
-            ]
+                incoming = [receive([view], owner, tag) for owner, _, _, views in one.carried for view in views]
+                steps.append(partial(self._spread, one, incoming, digest))
+                outgoing.append([send([view], c, tag) for _, c, a, b in one.crossing for view in one.own(a, b)])
             job = Job(steps, self.give_up)
             self.jobs.put(job)
             return [partial(self._arrive, check, job, end, outgoing) for end in last]
@@ -83,14 +82,17 @@ class TwoLevel(Gloo):
         digest, dtype = layout_digest(exchanges), exchanges[0].memory.dtype
         tag = digest_of((self.tag, "reduce", digest))
         wire = torch.float32 if self.exact and dtype.itemsize < 4 else dtype
-        numels = [rows.numels[self.rank] for rows in exchanges]
+        own = [rows[self.rank] for rows in exchanges]
+        # Of each host, its sum of this rank's rows; and what goes to the owners of others.
+        sizes = [sum(row.numel() for row in own)] * len(self.hosts.ranks)
+        sizes.append(found[-1].carried_range[1] if found else 0)
 
         def start() -> Callable[[], list[Tensor]]:
             check = self._send_header(self.calls.header(digest, self.headers))
-            # Of each host, its sum of this rank's rows; and what goes to the owners of others.
-            partials = list(torch.empty(len(self.hosts.ranks), sum(numels), dtype=wire))
-            sent = torch.empty(found[-1].carried_range[1] if found else 0, dtype=wire)
-            incoming = [[self._receive(partials[h][a:b], c, tag) for h, c, a, b in one.crossing] for one in found]
+            memory = self._take(sum(sizes) * wire.itemsize)
+            *partials, sent = memory.view(wire)[: sum(sizes)].split(sizes)
+            receive = self.process_group.recv
+            incoming = [[receive([partials[h][a:b]], c, tag) for h, c, a, b in one.crossing] for one in found]
             outgoing: list[dist.Work] = []
             mine = partials.pop(self.hosts.index)
             job = Job([partial(self._add_up, found, mine, sent, outgoing, tag, digest)], self.give_up)
@@ -98,15 +100,16 @@ class TwoLevel(Gloo):
 
             def finish() -> list[Tensor]:
                 self._settle(check, job, 1, incoming)
-                total = mine if wire.itemsize >= 4 else torch.empty_like(mine, dtype=torch.float32)
+                sums = [row if row.itemsize >= 4 else torch.empty_like(row, dtype=torch.float32) for row in own]
                 for one, works in zip(found, incoming, strict=True):
                     self._wait_for(works)
                     run = slice(*one.own_range)
-                    found_sum = sum_rows(mine[run], [row[run] for row in partials], self.hosts.index)
-                    if found_sum.data_ptr() != total[run].data_ptr():
-                        total[run] = found_sum
+                    total = sum_rows(mine[run], [row[run] for row in partials], self.hosts.index)
+                    targets = [sums[row][start:stop] for row, start, stop in one.runs]
+                    torch._foreach_copy_(targets, list(total.split([target.numel() for target in targets])))
                 self._wait_for(outgoing)
-                return list(total.split(numels))
+                self.free.append(memory)
+                return sums
 
             return finish
 
@@ -143,7 +146,7 @@ class TwoLevel(Gloo):
                 sent[carried_start:carried_stop] = total[stop - start :]
                 if one.carried_parts[self.place]:
                     torch._foreach_zero_(one.carried_parts[self.place])
-                outgoing.extend(self._send([sent[a:b]], owner, tag) for owner, a, b in one.carried)
+                outgoing.extend(self.process_group.send([sent[a:b]], owner, tag) for owner, a, b, _ in one.carried)
 
             if self.local is None:
                 read([])
@@ -152,21 +155,17 @@ class TwoLevel(Gloo):
         if self.local is not None:
             self.local.finish(self.local.queued)
 
-    def _spread(self, one: Carriage, received: Tensor, works: Sequence[dist.Work], digest: int) -> None:
+    def _spread(self, one: Carriage, incoming: Sequence[dist.Work], digest: int) -> None:
         """Wait for what this rank carries, give it to its host with its own, and take theirs."""
-        wait_for(works)
-        carried = received[slice(*one.carried_range)]
-        views = one.carried_parts[self.place]
-        if views:
-            torch._foreach_copy_(views, list(carried.split([view.numel() for view in views])))
+        wait_for(incoming)
         if self.local is None:
             return
 
         def load_of(slot: Tensor, place: int) -> Tensor:
-            return slot.view(received.dtype)[: one.numels[place]]
+            return slot.view(one.own_parts[0].dtype)[: one.numels[place]]
 
         def write(slot: Tensor) -> None:
-            torch.cat([*one.own_parts, carried], out=load_of(slot, self.place))
+            torch.cat(one.loads[self.place], out=load_of(slot, self.place))
 
         def read(slots: Sequence[Tensor]) -> None:
             for place, slot in enumerate(slots):
@@ -208,11 +207,10 @@ class TwoLevel(Gloo):
                 raise
             raise RuntimeError(str(self.lost)) from error
 
-    def _receive(self, row: Tensor, source: int, tag: int) -> dist.Work:
-        return self.process_group.recv([row], source, tag)
-
-    def _send(self, parts: Sequence[Tensor], target: int, tag: int) -> dist.Work:
-        return self.process_group.send([parts[0] if len(parts) == 1 else torch.cat(list(parts))], target, tag)
+    def _take(self, nbytes: int) -> Tensor:
+        """Memory for a reduction: uint8 [nbytes] or more. Used again, as new pages take longer than the sums."""
+        memory = self.free.pop() if self.free else torch.empty(0, dtype=torch.uint8)
+        return memory if memory.numel() >= nbytes else torch.empty(-(-nbytes // 64) * 64, dtype=torch.uint8)
 
     def give_up(self, error: Exception) -> None:
         """End what other ranks wait for from this one, as it has lost one of them itself."""
@@ -260,6 +258,6 @@ def ends_of(exchanges: Sequence[Rows], found: Sequence[Carriage]) -> list[int]:
     """For each exchange, after how many messages it is there."""
     ends = [0] * len(exchanges)
     for count, one in enumerate(found, start=1):
-        for row in one.rows:
+        for row, _, _ in one.runs:
             ends[row] = count
     return ends
