@@ -114,7 +114,7 @@ def test_ctrl_c_ends_it_with_one_message(tmp_path: Path) -> None:
     assert 'launch/train.py", line' not in text, text
 
 
-PAGES = ("README.md", "docs/checkpoints.md")  # those in docs/frameworks.md have tests of their own
+PAGES = ("README.md", "docs/checkpoints.md", "docs/hosts.md")  # those in docs/frameworks.md have tests of their own
 SCRIPTS = [s for page in PAGES for s in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)]
 
 

@@ -229,7 +229,15 @@ class Reduction:
         strides = {id(param): grad.stride() for param, grad in grads.items()}
         reduced = Reduced(buffer.untyped_storage().data_ptr(), self.process_group.group_name, own, strides)
         return [
-            GradBucket(params, [grads[p] for p in params], self.process_group, transport, wire_dtype, reduced)
+            GradBucket(
+                params,
+                [grads[p] for p in params],
+                self.process_group,
+                transport,
+                wire_dtype,
+                reduced,
+                self.transports.size,
+            )
             for params in runs
         ]
 
@@ -281,7 +289,7 @@ def register_hook(model: nn.Module, optimizer: Owner, hook: Hook) -> None:
             stacklevel=3,
         )
         return
-    if model.process_group != optimizer.process_group:
+    if model.process_group != optimizer.all_ranks:
         raise RuntimeError("the model is of another process group than the optimizer, so hook=None must be passed")
     try:
         model.register_comm_hook(optimizer, hook)

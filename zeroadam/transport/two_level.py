@@ -27,6 +27,7 @@ from zeroadam.transport.carriers import Carriage, carriages
 from zeroadam.transport.gloo import Gloo
 from zeroadam.transport.hosts import Hosts
 from zeroadam.transport.jobs import Job, start_thread
+from zeroadam.transport.pool import Pool
 
 
 class TwoLevel(Gloo):
@@ -50,7 +51,7 @@ class TwoLevel(Gloo):
         self.local = hosts.open(Within(self.host)) if len(self.host) > 1 else None
         self.lost: Exception | None = None  # why this rank's thread does nothing any more
         self.jobs = start_thread(self)
-        self.free: list[Tensor] = []  # memory of reductions that have ended; as many as were ever under way
+        self.pool = Pool()
 
     def prepare_gather(self, exchanges: Sequence[Rows]) -> Callable[[], list[Callable[[], None]]]:
         found = carriages(exchanges, self.hosts.ranks, self.rank, shared_memory.SLOT_BYTES, shared=True)
@@ -89,7 +90,7 @@ class TwoLevel(Gloo):
 
         def start() -> Callable[[], list[Tensor]]:
             check = self._send_header(self.calls.header(digest, self.headers))
-            memory = self._take(sum(sizes) * wire.itemsize)
+            memory = self.pool.take(sum(sizes) * wire.itemsize)
             *partials, sent = memory.view(wire)[: sum(sizes)].split(sizes)
             receive = self.process_group.recv
             incoming = [[receive([partials[h][a:b]], c, tag) for h, c, a, b in one.crossing] for one in found]
@@ -108,7 +109,7 @@ class TwoLevel(Gloo):
                     targets = [sums[row][start:stop] for row, start, stop in one.runs]
                     torch._foreach_copy_(targets, list(total.split([target.numel() for target in targets])))
                 self._wait_for(outgoing)
-                self.free.append(memory)
+                self.pool.give_back(memory)
                 return sums
 
             return finish
@@ -206,11 +207,6 @@ class TwoLevel(Gloo):
             if self.lost is None or isinstance(self.lost, OutOfStepError):
                 raise
             raise RuntimeError(str(self.lost)) from error
-
-    def _take(self, nbytes: int) -> Tensor:
-        """Memory for a reduction: uint8 [nbytes] or more. Used again, as new pages take longer than the sums."""
-        memory = self.free.pop() if self.free else torch.empty(0, dtype=torch.uint8)
-        return memory if memory.numel() >= nbytes else torch.empty(-(-nbytes // 64) * 64, dtype=torch.uint8)
 
     def give_up(self, error: Exception) -> None:
         """End what other ranks wait for from this one, as it has lost one of them itself."""
