@@ -52,8 +52,11 @@ class Hosts:
             raise
 
     def start(self, index: int, command: Sequence[str], **options: Any) -> "subprocess.Popen[str]":
-        """A process on a host, in a session of its own. The namespaces have memory in common, which hosts have not."""
-        environment = {**options.pop("env", os.environ), "ZEROADAM_SHARED_MEMORY": "0"}
+        """A process on a host, in a session of its own.
+
+        The namespaces have memory in common, which hosts have not, so zeroadam gets a name of the host.
+        """
+        environment = {**options.pop("env", os.environ), "ZEROADAM_SHARED_MEMORY": self.names[index]}
         command = ["ip", "netns", "exec", self.names[index], *command]
         return subprocess.Popen(command, text=True, env=environment, start_new_session=True, **options)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -64,6 +65,14 @@ def zeroadam(gpt: nn.Module, hook: Callable[..., Any] | None, gather_in_forward:
     if gather_in_forward:
         optimizer.gather_in_forward(model)
     return model, optimizer
+
+
+def hybrid(gpt: nn.Module, hook: Callable[..., Any]) -> tuple[nn.Module, Any]:
+    """State cut over the ranks of a host, and the same on each host."""
+    model, local = ddp(gpt), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    shape = (dist.get_world_size() // local, local)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    return model, ZeroAdamW(model, **OPTIONS, device_mesh=mesh, hook=hook)
 
 
 def fsdp1(gpt: nn.Module) -> tuple[nn.Module, Any]:
@@ -135,6 +144,8 @@ IMPLEMENTATIONS: dict[str, Callable[[nn.Module], tuple[nn.Module, Any]]] = {
     "zeroadam + bf16 hook": lambda gpt: zeroadam(gpt, bf16_reduce_scatter_hook),
     "zeroadam + hook, gather in forward": lambda gpt: zeroadam(gpt, reduce_scatter_hook, True),
     "zeroadam + bf16 hook, gather in forward": lambda gpt: zeroadam(gpt, bf16_reduce_scatter_hook, True),
+    "zeroadam, hybrid": lambda gpt: hybrid(gpt, reduce_scatter_hook),
+    "zeroadam, hybrid, bf16 hook": lambda gpt: hybrid(gpt, bf16_reduce_scatter_hook),
     "fsdp1, SHARD_GRAD_OP": fsdp1,
     "fsdp2": fsdp2,
     "fairscale OSS": fairscale,

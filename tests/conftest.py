@@ -44,9 +44,12 @@ def _rank(
     file: str,
     answer: Connection,
     transport: str,
+    hosts: str,
 ) -> None:
     torch.set_num_threads(1)
     try:
+        if hosts:
+            os.environ["ZEROADAM_SHARED_MEMORY"] = f"host-{hosts[rank]}"
         if transport == "sockets":
             os.environ["ZEROADAM_SHARED_MEMORY"] = "0"
         backend = "gloo"
@@ -71,9 +74,16 @@ def _rank(
 
 
 def _run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90, transport: str = "shared memory"
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 90,
+    transport: str = "shared memory",
+    hosts: str = "",
 ) -> list[Any]:
     """Run `function(*args)` on `world_size` ranks and return their results in rank order.
+
+    hosts: a letter for each rank, the name of its host. All are on the same one by default.
 
     An exception on any rank fails the test with that rank's traceback.
     """
@@ -82,7 +92,9 @@ def _run_ranks(
         for rank in range(world_size):
             receive, send = CONTEXT.Pipe(duplex=False)
             process = CONTEXT.Process(
-                target=_rank, args=(function, args, rank, world_size, f"{folder}/store", send, transport), daemon=True
+                target=_rank,
+                args=(function, args, rank, world_size, f"{folder}/store", send, transport, hosts),
+                daemon=True,
             )
             process.start()
             send.close()

@@ -171,6 +171,21 @@ def test_bytes_sent() -> None:
                 assert rank.sent == factor * size * (world_size - 1) / world_size
 
 
+def test_hybrid_sharding() -> None:
+    """The memory is that of one shard group; the gradients of a rank's share go to the replicas and back."""
+    params = [nn.Parameter(torch.empty(64, 64, device="meta")) for _ in range(3)]
+    size = sum(param.nbytes for param in params)
+    for replicas, shards in ((1, 4), (2, 2), (4, 1), (4, 8)):
+        for hook, once in ((reduce_scatter_hook, 1.0), (bf16_reduce_scatter_hook, 0.5)):
+            ranks = plan(params, replicas * shards, shard_size=shards, hook=hook)
+            assert len(ranks) == replicas * shards
+            assert [rank.total for rank in ranks] == [rank.total for rank in plan(params, shards)] * replicas
+            inside, across = (shards - 1) / shards, (replicas - 1) / replicas / shards
+            assert all(rank.sent == size * (1 + once) * (inside + across) for rank in ranks)
+    with pytest.raises(ValueError, match="6 ranks are no groups of 4: give a shard size that divides"):
+        plan(params, 6, shard_size=4)
+
+
 def zeroadam_plan(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run([COMMAND, "plan", *arguments], capture_output=True, text=True, timeout=60, cwd=cwd)
 
@@ -209,6 +224,8 @@ def test_command(tmp_path: Path) -> None:
         (["--params", "many"], "'many' is no size"),
         (["--params", "1.5"], "1.5 is not a number of parameters"),
         (["--params", "7e9", "--world-size", "0"], "'0' is no list of numbers of ranks"),
+        (["--params", "7e9", "--world-size", "6", "--shard-size", "4"], "6 ranks are no groups of 4"),
+        (["--params", "7e9", "--world-size", "6", "--shard-size", "0"], "6 ranks are no groups of 0"),
         (["--model", "models"], "give it as package.module:factory"),
         (["--model", "no_such_module:small"], "No module named 'no_such_module'"),
         (["--model", "os:getcwd"], "made a str, not a torch.nn.Module"),

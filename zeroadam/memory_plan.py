@@ -43,6 +43,7 @@ def plan(
     params: ParamsT,
     world_size: int,
     *,
+    shard_size: int | None = None,
     amsgrad: bool = False,
     master_dtype: torch.dtype | None = None,
     store_param_remainders: bool = False,
@@ -61,29 +62,34 @@ def plan(
     Args:
         params: parameters or param groups, [d0, ...] each; on the meta device they need no memory. Those that require
             no gradient are held and not trained.
+        shard_size: the ranks over which the state is cut, if not all: S of the `device_mesh` [R, S].
         hook: the one that DistributedDataParallel is to have; None for its all-reduce.
         backend: nccl or gloo, which can send rows of unequal length.
 
     Raises:
-        ValueError: 8-bit moments whose blocks this many ranks would cut.
+        ValueError: 8-bit moments whose blocks so many ranks would cut; ranks that are no groups of `shard_size`.
     """
+    shards = world_size if shard_size is None else shard_size
+    if shards < 1 or world_size % shards:
+        raise ValueError(f"{world_size} ranks are no groups of {shards}: give a shard size that divides their number")
+    replicas = world_size // shards
     groups = _groups(params)
     every = [param for group in groups for param in group]
     trained = [param for param in every if param.requires_grad]
     options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype)
-    options.check_blocks(trained, world_size)
+    options.check_blocks(trained, shards)
     layouts = [
         (name in MASTERS, layout(param, name, precision))
         for param in trained
         for precision in [options.precision(param)]
         for name in state_names(amsgrad, precision)
     ]
-    rules = row_rules(backend, world_size)
-    buckets = make_buckets(trained, 0, world_size, bucket_cap_mb * 2**20, lambda _: rules)
+    rules = row_rules(backend, shards)
+    buckets = make_buckets(trained, 0, shards, bucket_cap_mb * 2**20, lambda _: rules)
     gradients = sum(param.nbytes for param in trained)
     ranks = []
-    for rank in range(world_size):
-        pieces = [shard(param, world_size, rank) for param in trained]
+    for rank in range(shards):
+        pieces = [shard(param, shards, rank) for param in trained]
         own = sum(piece.nbytes for piece in pieces)
         gathered = sum(piece.nbytes for piece in pieces if piece.dim() > 0)  # all ranks update the others alike
         if hook is None:
@@ -92,7 +98,11 @@ def plan(
             reduced = sum(2 * (p.numel() - piece.numel()) for p, piece in zip(trained, pieces, strict=True))
         else:
             reduced = gradients - own
-        held = [(is_master, shard(whole, world_size, rank).nbytes) for is_master, whole in layouts]
+        if hook is not None and replicas > 1:  # to the replicas its piece, from where the sum of 1/R of it comes back
+            sent = 2 if hook is bf16_reduce_scatter_hook else 0
+            wires = [p.numel() * (sent or p.itemsize) + p.numel() * max(p.itemsize, 4) for p in pieces]
+            reduced += sum(wires) * (replicas - 1) // replicas
+        held = [(is_master, shard(whole, shards, rank).nbytes) for is_master, whole in layouts]
         ranks.append(
             RankBytes(
                 parameters=sum(param.nbytes for param in every),
@@ -101,10 +111,10 @@ def plan(
                 master=sum(size for is_master, size in held if is_master),
                 steps=4 * len(trained),
                 staging=staging_bytes(buckets),
-                sent=reduced + (world_size - 1) * gathered,
+                sent=reduced + (shards - 1) * gathered,
             )
         )
-    return ranks
+    return ranks * replicas
 
 
 def whole_tensors(

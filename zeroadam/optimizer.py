@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms import Join, Joinable, JoinHook
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
 
@@ -56,6 +57,7 @@ from zeroadam.state.storage import Storage, choose_kernel
 from zeroadam.step_plan import StepPlan
 from zeroadam.transport import Transports
 from zeroadam.transport.calls import LOOK, STEP, DisagreementError, digest_of
+from zeroadam.transport.hybrid import groups_of
 from zeroadam.update.hyperparameters import refuse_capture
 
 
@@ -88,8 +90,14 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             wherever a parameter has rows of whole blocks, by bitsandbytes. Adam runs in float32 then; see
             `zeroadam.precision`. None, the default, for moments in the dtype in which Adam runs.
         ordered_sums: for `reduce_scatter_hook` to add gradients up in rank order and in float32 also on NCCL, whose own
-            order depends on W and where bfloat16 is rounded at every hop. On gloo it does so anyway. As many bytes are
-            sent, by an all-to-all; on each rank three parts of a backward need as much memory again, of up to 40 MB.
+            order depends on W and where bfloat16 is rounded at every hop. On gloo it does so anyway, but for sums of
+            bfloat16 and float16 of hosts with several ranks, which are rounded when they go to other hosts: with this
+            they are not. On NCCL as many bytes are sent, by an all-to-all; on each rank three parts of a backward need
+            as much memory again, of up to 40 MB.
+        device_mesh: [R, S], as `init_device_mesh("cpu", (R, S), mesh_dim_names=("replicate", "shard"))`, of all ranks:
+            the state is cut over S of them, `process_group` is these, and R such groups hold the same, as in FSDP2's
+            hybrid sharding. With the hook each rank's piece of the sum is all-reduced between the groups in backward,
+            and a gather stays within S ranks. DistributedDataParallel is on all ranks. On CPUs over gloo; no `Join`.
         hook: what to register as communication hook where params is a DistributedDataParallel model; None for nothing.
             Its `gradient_as_bucket_view` must be set, or a warning says that there is no hook.
 
@@ -98,7 +106,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         RuntimeError: ranks that disagree on parameters or hyper-parameters; several processes and no process group.
         ValueError: no parameters, complex or already sharded ones, `differentiable=True`; what torch's Adam refuses;
             another `master_dtype` or `state_dtype`, or remainders without the first; 8-bit moments for another W than
-            1 to 8, 16, 32 or 64 that would cut blocks, or without bitsandbytes.
+            1 to 8, 16, 32 or 64 that would cut blocks, or without bitsandbytes; a `device_mesh` that is not [R, S] of
+            all ranks, or not over gloo.
     """
 
     def __init__(
@@ -122,18 +131,23 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         store_param_remainders: bool = False,
         state_dtype: torch.dtype | None = None,
         ordered_sums: bool = False,
+        device_mesh: DeviceMesh | None = None,
         hook: Hook | None = reduce_scatter_hook,
     ) -> None:
         model, params = params if isinstance(params, nn.Module) else None, params_of(params)
-        if process_group is None and isinstance(model, DistributedDataParallel):
+        groups = None if device_mesh is None else groups_of(device_mesh, process_group)
+        if groups is not None:
+            process_group = groups.shards
+        elif process_group is None and isinstance(model, DistributedDataParallel):
             process_group = model.process_group
         self.process_group = joined_group(process_group)
+        self.all_ranks = self.process_group if groups is None else groups.everyone
         self.rank, self.world_size = self.process_group.rank(), self.process_group.size()
         self._difference: str | None = None  # between the values of parameters on the ranks
         self._stepped = False  # or loaded
         self._check_every = 0  # steps
         options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype, ordered_sums)
-        self._storage = Storage(self.process_group, options)
+        self._storage = Storage(self.process_group, options, device_mesh)
 
         def build() -> Manifest:
             options.check()
@@ -153,9 +167,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             )
             return options.describe() | describe_groups(self.param_groups, 0, self.defaults)
 
-        check_ranks_agree(self.process_group, build, self._device)
+        check_ranks_agree(self.all_ranks, build, self._device)
         Joinable.__init__(self)
-        self._prepare(Transports(self.process_group, ordered_sums))
+        self._prepare(Transports(self.process_group, ordered_sums, groups))
         self._plan.follow()
         self._plan.accept()
         self._plan.release_gradients()
@@ -165,7 +179,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
     def _compare_values(self) -> None:
         """See whether all ranks have the same parameters. They need not before DDP makes them so. A collective."""
-        self._difference = find_difference(self.process_group, lambda: describe_values(self.param_groups), self._device)
+        self._difference = find_difference(self.all_ranks, lambda: describe_values(self.param_groups), self._device)
 
     def _prepare(self, transports: Transports) -> None:
         """Make everything that is not torch's Adam, for the param groups and states that there are."""
@@ -226,7 +240,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
                 self._gathers.start(bucket)
             # Phase 2: wait for the parameters that the next forward does not wait for.
             self._gathers.end_step()
-        if self.world_size > 1:
+        if self._storage.ranks > 1:
             self._plan.counts.count(self._plan.with_gradients)
         self._plan.release_gradients()
         self._meter.end_step(self._plan.imbalance)
@@ -248,7 +262,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             if call == STEP:
                 refuse_capture(self.param_groups)
             what = describe()
-            if self.world_size > 1:
+            if self._storage.ranks > 1:
                 if call == STEP and self._check_every and self._transports.calls.numbers[STEP] % self._check_every == 0:
                     training = describe_training(self)
                 steps = plan.counts.packed() if call == STEP else b""
@@ -258,7 +272,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             self._transports.refuse()
             raise
         if training and not self._transports.can_meet:
-            check_ranks_agree(self.process_group, lambda: training, self._device)
+            check_ranks_agree(self.all_ranks, lambda: training, self._device)
         try:
             with self._meter.phase("all_gather"):  # the wait for a slower rank, which would come with its rows
                 self._transports.meet()
@@ -266,7 +280,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             having = {id(plan.params[position]) for position in plan.with_gradients}
             often = {"the call": what, "how often check_agreement() compares": f"every {self._check_every} steps"}
             check_ranks_agree(
-                self.process_group, lambda: often | describe_step(self, plan.numbers, having) | training, self._device
+                self.all_ranks, lambda: often | describe_step(self, plan.numbers, having) | training, self._device
             )
             raise
         plan.accept(for_step=call == STEP)
@@ -278,7 +292,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         try:
             self._transports.meet()
         except DisagreementError:
-            check_ranks_agree(self.process_group, lambda: {"the call": what}, self._device)
+            check_ranks_agree(self.all_ranks, lambda: {"the call": what}, self._device)
             raise
 
     @contextlib.contextmanager
@@ -397,7 +411,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             return describe_groups(self.param_groups, before, self.defaults)
 
         try:
-            check_ranks_agree(self.process_group, add, self._device)
+            check_ranks_agree(self.all_ranks, add, self._device)
         except Exception:
             del self.param_groups[before:]
             raise
@@ -420,6 +434,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
     @property
     def join_process_group(self) -> dist.ProcessGroup:
+        if self.all_ranks is not self.process_group:
+            raise RuntimeError("device_mesh= is not for Join: give all ranks equally many batches")
         return self.process_group
 
     def state_dict(self, *, sharded: bool = False) -> dict[str, Any]:
@@ -463,7 +479,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         parameter more, rank `to` for the whole state on the CPU.
 
         Args:
-            to: the rank in the process group, or "all" where every rank saves, or reads, the whole.
+            to: the rank in the process group, or "all" where every rank saves, or reads, the whole. With `device_mesh`
+                this is the rank of that place in each shard group.
 
         Raises:
             ValueError: there is no such rank.
@@ -483,7 +500,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             return {"the rank to gather the state to": str(to), **describe_state(self)}
 
         self._consolidated = None
-        check_ranks_agree(self.process_group, allocate, self._device)
+        check_ranks_agree(self.all_ranks, allocate, self._device)
         for target in map(int, targets):
             gather_state(self, self._storage, whole if self.rank == target else None, target)
         self._consolidated = ShardedState() if whole is None else whole
@@ -512,7 +529,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
                 loading = prepare_loading(self, self._storage, adapted)
                 return loading.manifest
 
-            check_ranks_agree(self.process_group, prepare, self._device)
+            check_ranks_agree(self.all_ranks, prepare, self._device)
             assert loading is not None
             return loading.copy()
 
@@ -540,6 +557,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.process_group, copied.rank, copied.world_size = self.process_group, self.rank, self.world_size
+        copied.all_ranks = self.all_ranks
         copied._storage, copied._difference, copied._stepped = self._storage, self._difference, self._stepped
         copied._check_every = self._check_every
         Joinable.__init__(copied)
@@ -579,6 +597,7 @@ class ZeroAdamW(ZeroAdam):
         store_param_remainders: bool = False,
         state_dtype: torch.dtype | None = None,
         ordered_sums: bool = False,
+        device_mesh: DeviceMesh | None = None,
         hook: Hook | None = reduce_scatter_hook,
     ) -> None:
         super().__init__(
@@ -600,6 +619,7 @@ class ZeroAdamW(ZeroAdam):
             store_param_remainders=store_param_remainders,
             state_dtype=state_dtype,
             ordered_sums=ordered_sums,
+            device_mesh=device_mesh,
             hook=hook,
         )
 

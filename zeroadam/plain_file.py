@@ -25,7 +25,8 @@ def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:
     Args:
         obj: what `torch.save` takes, with optimizers in it, inside of any dicts, lists and tuples, in the same places
             on all ranks. Only that of rank `to` is written, but for the state of the others.
-        to: the rank in the process group, which needs memory for the whole state on the CPU.
+        to: the rank in the process group, which needs memory for the whole state on the CPU. With `device_mesh` so do
+            the ranks of that place in all shard groups, and that in the first one writes.
 
     Raises:
         what `torch.save` raises: on rank `to`, and a RuntimeError that names it on the others. The old file is there.
@@ -34,7 +35,9 @@ def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:
     """
     found = list(_optimizers_in(obj))
     optimizers = {id(optimizer): optimizer for _, optimizer in found}
-    group = joined_group(next((optimizer.process_group for optimizer in optimizers.values()), None))
+    one = next(iter(optimizers.values()), None)
+    group = joined_group(one.process_group if one is not None else None)
+    all_ranks, first = (group, True) if one is None else (one.all_ranks, one._storage.first_replica)
 
     def describe() -> Manifest:
         check_rank(to, group)
@@ -46,10 +49,10 @@ def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:
     def device() -> torch.device:
         return next((optimizer.join_device for optimizer in optimizers.values()), torch.device("cpu"))
 
-    check_ranks_agree(group, describe, device)
+    check_ranks_agree(all_ranks, describe, device)
 
     def write() -> Manifest:
-        if group.rank() == to:
+        if group.rank() == to and first:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", re.escape(LEFT_OUT))  # of one inside of something else
                 write_beside(_with_state_dicts(obj), Path(file))
@@ -58,7 +61,7 @@ def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:
     try:
         for optimizer in optimizers.values():
             optimizer.consolidate_state_dict(to)
-        check_ranks_agree(group, write, device)
+        check_ranks_agree(all_ranks, write, device)
     finally:
         for optimizer in optimizers.values():
             optimizer._consolidated = None

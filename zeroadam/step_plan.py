@@ -260,14 +260,14 @@ class StepPlan:
         self._made.clear()
 
     def _check_notes(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[int], bool]:
-        """The divisor of each gradient: W where it is a sum of the hook; and whether it has summed all."""
+        """What to divide each gradient by, as the hook has summed it over the ranks; and whether it has summed all."""
         found: dict[int, tuple[Tensor, Tensor, Reduced]] = {}
         divisors, noted = [1] * len(params), 0
         for position, (param, grad) in enumerate(zip(params, grads, strict=True) if changes() else ()):
             if (reduced := reduced_of(param)) is not None:
                 check_reduced(param, grad, reduced, self.storage.process_group)
                 found.setdefault(id(reduced), (param, grad, reduced))
-                divisors[position] = 1 if reduced.means or param.dim() == 0 else self.world_size
+                divisors[position] = 1 if reduced.means or param.dim() == 0 else self.storage.ranks
                 noted += 1
         self.reduced = list(found.values())
         return divisors, noted == len(params)

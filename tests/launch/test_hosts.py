@@ -6,7 +6,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,11 @@ from train import GPT, batch, loss_of, read_text
 pytestmark = pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc for network namespaces")
 
 
-def start(hosts: Hosts, index: int, nodes: str, log: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(
+    hosts: Hosts, index: int, nodes: str, log: Path, *arguments: str, options: Sequence[str] = ()
+) -> subprocess.Popen[str]:
     """A node on a host; appends to the log."""
-    command = [sys.executable, f"{ROOT}/launch/node.py", "--head", hosts.addresses[0], "--nodes", nodes]
+    command = [sys.executable, f"{ROOT}/launch/node.py", "--head", hosts.addresses[0], "--nodes", nodes, *options]
     with log.open("a") as file:
         command += [f"{ROOT}/launch/train.py", *arguments]
         return hosts.start(index, command, stdout=file, stderr=file, env=environment(log.parent))
@@ -40,6 +43,37 @@ def test_several_hosts_train_as_one_does(make_hosts: Callable[[int], Hosts], cou
     found, expected = json.loads((tmp_path / "hosts.json").read_text()), on_one_host(count, tmp_path, *arguments)
     assert found["losses"] == expected["losses"]
     assert found["held_out"] == expected["held_out"]
+
+
+def test_two_ranks_on_each_of_two_hosts(make_hosts: Callable[[int], Hosts], tmp_path: Path) -> None:
+    """They train as four on one host do, but for the order of sums; when the link is cut all of them end in time."""
+    hosts = make_hosts(2)
+    arguments = [*SMALL, "--steps", "20", "--hook", "reduce_scatter", "--gather-in-forward", "--timeout", "5"]
+    options, file = ["--per-node", "2", "--max-restarts", "0"], tmp_path / "hosts.json"
+
+    def start_both(*more: str) -> list[subprocess.Popen[str]]:
+        return [start(hosts, i, "2", tmp_path / f"log{i}", *arguments, *more, options=options) for i in range(2)]
+
+    for node in start_both("--json", str(file)):
+        assert node.wait(timeout=120) == 0, (tmp_path / "log0").read_text()
+    found, expected = json.loads(file.read_text()), on_one_host(4, tmp_path, *arguments)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+
+    checkpoints = tmp_path / "checkpoints"
+    nodes = start_both("--steps", "100000", "--checkpoint-dir", str(checkpoints), "--checkpoint-every", "10")
+    until(lambda: newest_step(checkpoints) >= 10, 60)
+    hosts.set_link(1, "down")
+    begin = time.monotonic()
+    until(lambda: not any(workers_of(node) for node in nodes), 30)
+    print(f"all ended {time.monotonic() - begin:.1f} s after the link was cut")
+
+
+def workers_of(node: subprocess.Popen[str]) -> list[str]:
+    try:
+        children = Path(f"/proc/{node.pid}/task/{node.pid}/children").read_text().split()
+        return [child for child in children if "train.py" in Path(f"/proc/{child}/cmdline").read_text()]
+    except FileNotFoundError:
+        return []
 
 
 def test_a_killed_worker_and_a_killed_head_cost_the_steps_since_the_last_checkpoint(

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
-from zeroadam.transport import shared_memory
+from zeroadam.transport import hosts, shared_memory
 from zeroadam.transport.calls import Calls
-from zeroadam.transport.shared_memory import SharedMemory, open_shared_memory
+from zeroadam.transport.gloo import Gloo
+from zeroadam.transport.hosts import find_hosts
+from zeroadam.transport.shared_memory import SharedMemory
+from zeroadam.transport.two_level import TwoLevel
 
 HOOKS = {"none": None, "float32": reduce_scatter_hook, "bfloat16": bf16_reduce_scatter_hook}
 
@@ -53,8 +56,7 @@ def transport_of(optimizer: ZeroAdamW) -> Any:
 def exchange(numels: list[int]) -> None:
     small_slots()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    transport = open_shared_memory(dist.group.WORLD, Calls())
-    assert transport is not None
+    transport = find_hosts(dist.group.WORLD).open(Calls())
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         every = [[torch.randn(n, generator=generator).to(dtype) for n in numels] for _ in range(3 * world_size)]
@@ -135,7 +137,7 @@ def falls_back(how: str) -> tuple[list[str], list[Tensor]]:
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("zeroadam").addHandler(handler)
     logging.getLogger("zeroadam").setLevel(logging.INFO)
-    make, readlink = shared_memory._Offer.make, os.readlink
+    make, readlink = hosts._Offer.make, os.readlink
     if dist.get_rank() == 1:
         if how == "space":  # the memory of a region is reserved, so that its lack shows now
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
@@ -145,7 +147,7 @@ def falls_back(how: str) -> tuple[list[str], list[Tensor]]:
                 make(offer, others)
                 offer.process = 1
 
-            shared_memory._Offer.make = make_elsewhere
+            hosts._Offer.make = make_elsewhere
         elif how == "variable":
             os.environ["ZEROADAM_SHARED_MEMORY"] = "0"
         elif how == "forbidden":
@@ -155,16 +157,18 @@ def falls_back(how: str) -> tuple[list[str], list[Tensor]]:
                     return readlink(path)
                 raise PermissionError(13, "Permission denied", path)
 
-            shared_memory.os.readlink = refuse
+            hosts.os.readlink = refuse
     params = [nn.Parameter(torch.ones(30, 40))]
     optimizer = ZeroAdamW(params)
-    assert not isinstance(transport_of(optimizer), SharedMemory)
-    assert maps() == []
+    shared = dist.get_world_size() - 1 if dist.get_rank() != 1 else 1
+    assert type(transport_of(optimizer)) is (Gloo if dist.get_world_size() == 2 else TwoLevel)
+    assert len(maps()) == (shared if shared > 1 else 0)
     params[0].grad = torch.ones(30, 40)
     optimizer.step()
     return lines, [params[0].detach().clone()]
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
@@ -174,11 +178,15 @@ def falls_back(how: str) -> tuple[list[str], list[Tensor]]:
         ("forbidden", "Permission denied"),
     ],
 )
-def test_without_shared_memory_sockets_are_used(run_ranks, how: str, reason: str) -> None:
-    """On all ranks, whichever of them has none; rank 0 says so in one line."""
-    (said, params), *others = run_ranks(falls_back, 3, how)
+def test_without_shared_memory_sockets_are_used(run_ranks, how: str, reason: str, world_size: int) -> None:
+    """To and from the rank that has none, which is a host of its own then; rank 0 says so in one line."""
+    (said, params), *others = run_ranks(falls_back, world_size, how)
     assert len(said) == 1
-    assert said[0].startswith("no shared memory between the ranks, so sockets are used; rank")
+    between = (
+        "within each of 2 hosts, [0, 2], [1], sockets between them" if world_size == 3 else "between the ranks, so"
+    )
+    assert said[0].startswith(f"{'no ' * (world_size == 2)}shared memory {between}")
+    assert "; rank " in said[0]
     assert reason in said[0]
     assert all(lines == [] and torch.equal(found[0], params[0]) for lines, found in others)
 

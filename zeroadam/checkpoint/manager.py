@@ -47,8 +47,7 @@ class Manager:
         in_background: False to return from `save` when all is written. That needs no memory for copies but for one
             tensor at a time, if it is on a GPU.
         per_rank: objects that have another state on each rank, such as a loader of data; see `objects`.
-        objects: by the name that they have in the checkpoint: models, optimizers of their parameters, and anything else
-            with `state_dict()` and `load_state_dict()`.
+        objects: by their names in the checkpoint: models, optimizers, and what else has `load_state_dict()`.
 
     Raises, on every rank:
         ValueError: an object has no state_dict; an optimizer holds parameters of no model that is given; a folder that
@@ -137,7 +136,7 @@ class Manager:
             self.finish()
 
     def is_writing(self) -> bool:
-        """Whether this rank still writes. Not a collective."""
+        """On this rank. Not a collective."""
         return self._writing is not None and not self._writing[1].done()
 
     def finish(self) -> None:
@@ -147,14 +146,14 @@ class Manager:
         (step, future), self._writing = self._writing, None
         failure = future.exception()
         failures = self._gathered(None if failure is None else str(failure).strip() or type(failure).__name__)
-        self.error = next((failure for failure in failures if failure is not None), None)
+        self.error = next(filter(None, failures), None)
         if self.error is not None and self.rank == 0:
             warnings.warn(f"no checkpoint of step {step}: {self.error}", stacklevel=2)
 
     def steps(self) -> list[int]:
         """Those of which there are checkpoints, the newest first. Waits for the one that is being written."""
         self.finish()
-        return list(self._gathered(steps_in(self.folder) if self.rank == 0 and self.folder else [])[0])
+        return list(self._gathered(steps_in(self.folder) if self.folder else [])[0])
 
     def load(self, source: int | str | os.PathLike[str] | None = None) -> int:
         """Take over a checkpoint: the newest that can be read, and that fits.
@@ -214,8 +213,8 @@ class Manager:
         if self._lock is not None:
             self._lock.release()
         if not isinstance(self.group, OneProcess):
-            # A thread of gloo, just done, may still need the interpreter's lock to free tensors, while the group waits
-            # for its threads (pytorch#56297); and one that is left when the interpreter ends aborts the process.
+            # A thread of gloo may still need the interpreter's lock to free tensors, while the group waits for its
+            # threads (pytorch#56297); and one that is left when the interpreter ends aborts the process.
             time.sleep(0.1)
             dist.destroy_process_group(self.group)
             del self.group

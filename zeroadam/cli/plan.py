@@ -40,6 +40,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     what.add_argument("--model", metavar="MODULE:FACTORY", help="called without arguments, on the meta device")
     what.add_argument("--state-dict", type=Path, metavar="FILE", help=".safetensors, or of torch.save")
     command.add_argument("--world-size", type=_world_sizes, default="1,2,4,8", metavar="W,W,...")
+    command.add_argument("--shard-size", type=int, metavar="S", help="hybrid: the ranks over which state is cut")
     command.add_argument("--dtype", choices=DTYPES, help="of the parameters, if not as they are, or else fp32")
     command.add_argument("--master-weights", choices=MASTERS, default="none", help="float32 copies")
     command.add_argument("--state-dtype", choices=STATE_DTYPES, default="none", help="of the moments")
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
         **MASTERS[args.master_weights],
     }
     layout = {"hook": HOOKS[args.hook], "backend": args.backend, "bucket_cap_mb": args.bucket_cap_mb}
+    layout["shard_size"] = args.shard_size
     plain = plan(params, 1, **state)[0]
     every = plain.parameters + plain.gradients
     rows = []

@@ -24,6 +24,7 @@ class GradBucket:
         wire_dtype: the dtype in which they are sent, None for their own.
         reduced: the note about the DDP bucket, shared by all parts of it.
         means: what divides the gradients before the sum, if `reduced.means`.
+        ranks: over which they are summed, if not those of the process group.
     """
 
     def __init__(
@@ -35,15 +36,17 @@ class GradBucket:
         wire_dtype: torch.dtype | None,
         reduced: Reduced,
         means: Means,
+        ranks: int = 0,
     ) -> None:
         self.means = means if reduced.means else None
         self.params, self.grads, self.reduced = list(params), list(grads), reduced
         self.process_group, self.transport = process_group, transport
         self.rank, self.world_size = process_group.rank(), process_group.size()
+        self.ranks = ranks = ranks or self.world_size
         dtype = wire_dtype or grads[0].dtype
         rows_of = [direct_rows(g, self.world_size, transport.rules) if g.dtype == dtype else None for g in grads]
         self.direct: list[Rows] = [rows for rows in rows_of if rows is not None]
-        travels = self.world_size > 1 or dtype != grads[0].dtype
+        travels = ranks > 1 or dtype != grads[0].dtype
         packed = [g for g, rows in zip(grads, rows_of, strict=True) if travels and rows is None and g.numel()]
         self.packing = Packing(packed, self.world_size, self.rank, dtype)
         self.zero_dim = [grad for grad in grads if grad.dim() == 0]
@@ -96,9 +99,9 @@ class GradBucket:
             torch._foreach_zero_(self.others)
         if self.packing.tensors:
             self.packing.keep_own(sums[-1])
-        if self.zero_dim and self.world_size > 1:
+        if self.zero_dim and self.ranks > 1:
             if self.means is None:
-                torch._foreach_div_(self.zero_dim, self.world_size)
+                torch._foreach_div_(self.zero_dim, self.ranks)
             if not self.transport.same_on_all_ranks:
                 together = torch.stack(self.zero_dim)
                 dist.broadcast(together, group=self.process_group, group_src=0)

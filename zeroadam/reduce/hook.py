@@ -45,7 +45,8 @@ def reduce_scatter_hook(optimizer: Owner | None, bucket: dist.GradBucket) -> tor
     trained parameters are held by this optimizer or others of that group. Register it before the first backward. None
     for the optimizer means the one that holds the bucket, where it does not exist yet when the hook is registered.
     Each rank sends (W-1)/W of the gradients' bytes per backward. p.grad: [d0, ...] -> [d0, ...], of which [c, ...]
-    are the sum over the ranks, on gloo taken in rank order and float32, and the rest zero. 0-d: the mean.
+    are the sum over the ranks, on gloo taken in rank order and float32, and the rest zero. 0-d: the mean. On several
+    hosts with several ranks that is host by host, see `zeroadam.transport.two_level`.
 
     Raises, from `backward()`:
         RuntimeError: `gradient_as_bucket_view=False`, a parameter of no such optimizer, or `model.join()` without it.
@@ -56,7 +57,8 @@ def reduce_scatter_hook(optimizer: Owner | None, bucket: dist.GradBucket) -> tor
 def bf16_reduce_scatter_hook(optimizer: Owner | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """`reduce_scatter_hook` that sends each rank's gradients rounded to bfloat16, half the bytes of float32.
 
-    The sum of the rounded gradients is taken in float32 (on gloo) and stored in the dtype of the gradient.
+    The sum of the rounded gradients is taken in float32 (on gloo) and stored in the dtype of the gradient. The sum of a
+    host with several ranks is rounded as well when it goes to others, unless the optimizer has `ordered_sums=True`.
     """
     return _reduce(optimizer, bucket, torch.bfloat16)
 
@@ -230,12 +232,8 @@ class Reduction:
         # Where the backend adds, which also sums otherwise on every rank, it does so in the dtype of the gradients.
         means = buffer.dtype == torch.float16 and not transport.same_on_all_ranks
         reduced = Reduced(buffer.untyped_storage().data_ptr(), self.process_group.group_name, own, strides, means)
-        return [
-            GradBucket(
-                params, [grads[p] for p in params], self.process_group, transport, wire_dtype, reduced, self.means
-            )
-            for params in runs
-        ]
+        common = (self.process_group, transport, wire_dtype, reduced, self.means, self.transports.size)
+        return [GradBucket(params, [grads[p] for p in params], *common) for params in runs]
 
     def _staged_bytes(self, grad: Tensor, wire_dtype: torch.dtype | None, transport: Transport) -> int:
         """What one gradient takes of the staging memory of its part, or of cache where the host makes the sums."""
@@ -285,7 +283,7 @@ def register_hook(model: nn.Module, optimizer: Owner, hook: Hook) -> None:
             stacklevel=3,
         )
         return
-    if model.process_group != optimizer.process_group:
+    if model.process_group != optimizer.all_ranks:
         raise RuntimeError("the model is of another process group than the optimizer, so hook=None must be passed")
     try:
         model.register_comm_hook(optimizer, hook)

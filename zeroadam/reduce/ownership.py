@@ -22,7 +22,8 @@ SAMPLE_STEP = 1024
 class Owner(Protocol):
     """What is used here of the optimizer, which imports all of this."""
 
-    process_group: dist.ProcessGroup
+    process_group: dist.ProcessGroup  # over which state is cut
+    all_ranks: dist.ProcessGroup  # over which gradients are summed
     reduction: Any  # its `zeroadam.reduce.hook.Reduction`
     _plan: Any  # its `zeroadam.step_plan.StepPlan`
     param_groups: list[dict[str, Any]]

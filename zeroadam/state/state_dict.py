@@ -18,7 +18,7 @@ from zeroadam.layout.shard import shard
 from zeroadam.options import Precision
 from zeroadam.state.agreement import Manifest, check_hyperparameters, check_supported, describe_hyperparameters, named
 from zeroadam.state.part import ShardedState
-from zeroadam.state.storage import Storage, choose_kernel, convert_moment, layout, moments, new_step, placements_of
+from zeroadam.state.storage import Storage, choose_kernel, convert_moment, layout, moments, new_step
 from zeroadam.transport.gloo import gather_to
 from zeroadam.update.master import MASTERS, convert
 from zeroadam.update.rounding import CODES, SCALES, dequantize_entry
@@ -223,12 +223,7 @@ def _piece(name: str, value: Tensor, param: Tensor, precision: Precision, storag
     if value.shape != whole.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, not {tuple(whole.shape)} as the parameter asks for")
     if isinstance(value, DTensor) and value.placements != (Replicate(),) * value.device_mesh.ndim:
-        wanted = placements_of(whole, storage.world_size)
-        if value.placements != wanted or value.device_mesh.size() != storage.world_size:
-            raise ValueError(
-                f"{name} is cut as {value.placements} over {value.device_mesh.size()} ranks, this optimizer cuts it as "
-                f"{wanted} over {storage.world_size}: load it with torch.distributed.checkpoint, which cuts it anew"
-            )
+        storage.check_cut(name, value, whole)
         return value.to_local()
     return shard(local_of(value), storage.world_size, storage.rank)
 

@@ -37,12 +37,21 @@ class ParamState(NamedTuple):
 
 
 class Storage:
-    """Makes and checks the state of parameters that are sharded over a process group."""
+    """Makes and checks the state of parameters that are sharded over a process group.
 
-    def __init__(self, process_group: dist.ProcessGroup, options: Options) -> None:
+    Args:
+        device_mesh: [R, S] of hybrid sharding, of which the process group is this rank's row.
+    """
+
+    def __init__(
+        self, process_group: dist.ProcessGroup, options: Options, device_mesh: DeviceMesh | None = None
+    ) -> None:
         self.process_group, self.options = process_group, options
         self.rank, self.world_size = process_group.rank(), process_group.size()
-        self._meshes: dict[str, DeviceMesh] = {}
+        self.shape = (self.world_size,) if device_mesh is None else tuple(device_mesh.shape)
+        self.first_replica = device_mesh is None or device_mesh.get_local_rank(0) == 0
+        self.ranks = math.prod(self.shape)  # over which gradients are summed
+        self._meshes = {} if device_mesh is None else {device_mesh.device_type: device_mesh}
 
     def mesh(self, param: Tensor) -> DeviceMesh:
         """The ranks of the process group, for DTensors on the device type of a parameter."""
@@ -89,11 +98,26 @@ class Storage:
         return DTensor.from_local(
             local,
             self.mesh(param),
-            placements_of(whole, self.world_size),
+            self.placements(whole),
             run_check=False,
             shape=whole.shape,
             stride=dense_strides(whole),
         )
+
+    def placements(self, whole: Tensor) -> tuple[Placement, ...]:
+        """How the state of a parameter is sharded, as DTensor says it: copied over replicas, cut over a shard group."""
+        dim = shard_dim(whole.shape, self.world_size)
+        return (Replicate(),) * (len(self.shape) - 1) + (Replicate() if dim is None else Shard(dim),)
+
+    def check_cut(self, name: str, value: DTensor, whole: Tensor) -> None:
+        """Raise ValueError for a tensor of state that is cut otherwise than this optimizer cuts it."""
+        cut, wanted = (value.placements, tuple(value.device_mesh.shape)), (self.placements(whole), self.shape)
+        if cut != wanted:
+            theirs, ours = (f"{how} over {' x '.join(map(str, shape))}" for how, shape in (cut, wanted))
+            raise ValueError(
+                f"{name} is cut as {theirs} ranks, this optimizer cuts it as {ours}: load it with "
+                "torch.distributed.checkpoint, which cuts it anew"
+            )
 
     def local_state(
         self, param: Tensor, name: str, group: Mapping[str, Any], state: Mapping[str, Any]
@@ -204,12 +228,6 @@ def new_step(param: Tensor, group: Mapping[str, Any], value: float = 0.0) -> Ten
     """The count of steps [], where torch's Adam has it: with the parameter for fused and capturable kernels."""
     device = param.device if group["fused"] or group["capturable"] else "cpu"
     return torch.full((), value, dtype=torch.float32, device=device)
-
-
-def placements_of(param: Tensor, world_size: int) -> tuple[Placement, ...]:
-    """How a parameter's state is sharded, as DTensor says it."""
-    dim = shard_dim(param.shape, world_size)
-    return (Replicate() if dim is None else Shard(dim),)
 
 
 def choose_kernel(group: dict[str, Any]) -> None:

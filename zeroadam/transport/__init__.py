@@ -17,7 +17,9 @@ from zeroadam.transport.backend import Backend, OrderedBackend, backend_of, back
 from zeroadam.transport.calls import BACKWARD, CHECK_CALLS, Calls, DisagreementError, RefusedError
 from zeroadam.transport.gloo import Gloo, GlooOnDevice
 from zeroadam.transport.headers import Headers
-from zeroadam.transport.shared_memory import open_shared_memory
+from zeroadam.transport.hosts import find_hosts
+from zeroadam.transport.hybrid import Everyone, Groups, Hybrid, Inner
+from zeroadam.transport.two_level import TwoLevel
 
 Wait = Callable[[], None]
 Sums = Callable[[], list[Tensor]]
@@ -73,7 +75,7 @@ def choose(
 ) -> Transport:
     """The transport for tensors on a device. A collective.
 
-    ordered_sums: whether sums are taken in rank order and float32 whatever the backend.
+    ordered_sums: whether sums are taken in rank order and float32 whatever the backend, across hosts as well.
 
     Raises:
         ValueError: the process group has no backend for them.
@@ -92,7 +94,12 @@ def choose(
         if backend == "gloo":
             return GlooOnDevice(process_group, channel)
         return (OrderedBackend if ordered_sums else Backend)(process_group, channel)
-    return open_shared_memory(process_group, calls) or Gloo(process_group, calls)
+    hosts = find_hosts(process_group)
+    if len(hosts.ranks) == 1:
+        return hosts.open(calls)
+    if len(hosts.ranks) == process_group.size():
+        return Gloo(process_group, calls)
+    return TwoLevel(process_group, calls, hosts, exact=ordered_sums)
 
 
 def row_rules(backend: str, world_size: int) -> RowRules:
@@ -100,17 +107,48 @@ def row_rules(backend: str, world_size: int) -> RowRules:
     return Alone.rules if world_size == 1 else Gloo.rules if backend == "gloo" else Backend.rules
 
 
-class Transports:
-    """The transports of one process group, by device type, and the calls in which they are used."""
+def choose_hybrid(groups: Groups, device: torch.device, calls: Calls, ordered_sums: bool = False) -> Hybrid:
+    """The transport for tensors on a device, of hybrid sharding. A collective of all ranks.
 
-    def __init__(self, process_group: dist.ProcessGroup, ordered_sums: bool = False) -> None:
+    Raises:
+        ValueError: they are not on the CPU, or not over gloo.
+    """
+    if device.type != "cpu" or any(backends(group).get("cpu") != "gloo" for group in groups):
+        raise ValueError(
+            f"device_mesh= is for CPU tensors over gloo, not for {device.type} tensors over "
+            f"{backends(groups.shards).get(device.type)}: give process_group=device_mesh.get_group(1) in its place and "
+            "register no hook (hook=None), so that DistributedDataParallel averages over all ranks"
+        )
+    shards = choose(groups.shards, device, calls, ordered_sums)
+    replicas = choose(groups.replicas, device, calls, ordered_sums)
+    assert isinstance(shards, Inner)
+    assert isinstance(replicas, Inner)
+    channel = Everyone(Gloo(groups.everyone, calls), shards, replicas)
+    return Hybrid(shards, replicas, groups, channel, ordered_sums)
+
+
+class Transports:
+    """The transports of one process group, by device type, and the calls in which they are used.
+
+    groups: of hybrid sharding, of which the first is the process group.
+    """
+
+    def __init__(
+        self, process_group: dist.ProcessGroup, ordered_sums: bool = False, groups: Groups | None = None
+    ) -> None:
         self.process_group, self.ordered_sums, self.calls = process_group, ordered_sums, Calls()
+        self.groups, self.told = groups, False
+        self.size = process_group.size() * (groups.replicas.size() if groups is not None else 1)
         self._chosen: dict[str, Transport] = {}
 
     def of(self, device: torch.device) -> Transport:
         """That for tensors on a device. A collective the first time for each type."""
         if device.type not in self._chosen:
-            self._chosen[device.type] = choose(self.process_group, device, self.calls, self.ordered_sums)
+            if self.groups is None:
+                chosen = choose(self.process_group, device, self.calls, self.ordered_sums)
+            else:
+                chosen = choose_hybrid(self.groups, device, self.calls, self.ordered_sums)
+            self._chosen[device.type] = chosen
         return self._chosen[device.type]
 
     def begin(self, kind: int) -> None:
@@ -139,8 +177,10 @@ class Transports:
 
     def fail(self, error: BaseException) -> None:
         """End all further calls, and those of the other ranks, after an error half-way in one."""
-        if self.calls.broken is None and self.process_group.size() > 1:  # or they know; or there are none
-            self.calls.broken = f"{type(error).__name__}: {error}"
+        known = self.calls.broken is not None  # by others as well, but for those of other groups than who told it
+        self.calls.broken = self.calls.broken or f"{type(error).__name__}: {error}" if self.size > 1 else None
+        if self.size > 1 and not self.told and (not known or self.groups is not None):
+            self.told = True
             for channel in self._channels():
                 channel.fail()
 

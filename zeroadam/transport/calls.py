@@ -9,6 +9,7 @@ changed on any, and training can go on. Who fails later, half-way, tells the oth
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 from zlib import crc32
 
 from zeroadam.layout.rows import Rows
@@ -36,6 +37,19 @@ class RefusedError(RuntimeError):
 
 class DisagreementError(RuntimeError):
     """All ranks are in the same call, but what must be the same in it differs."""
+
+
+class Headings(Protocol):
+    """What headers say, and what is made of those of other ranks."""
+
+    def header(self, digest: int, count: int) -> Header:
+        """digest: of the layout of the rows, 32 bits. count: of headers before this one."""
+
+    def check(self, mine: Header, theirs: Mapping[int, Header], rank: int) -> None:
+        """Raise RuntimeError where they do not fit together."""
+
+    def last_words(self, kind: int, count: int) -> Header:
+        """The header of a rank that has refused or failed in a call."""
 
 
 class Calls:

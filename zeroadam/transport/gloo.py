@@ -36,7 +36,8 @@ class Gloo:
 
     def __init__(self, process_group: dist.ProcessGroup, calls: Calls) -> None:
         self.process_group, self.calls = process_group, calls
-        self.rank, self.senders = process_group.rank(), process_group.size() - 1
+        self.rank, self.world_size = process_group.rank(), process_group.size()
+        self.senders = self.world_size - 1
         # Of the headers. Rows have tags made of it, of their layout and direction, as gloo ends a process that receives
         # more than it expects. It differs from that of an optimizer that failed and left messages behind.
         tags = [secrets.randbelow(2**31)]
@@ -106,7 +107,7 @@ class Gloo:
         while self.refusals and (mine[0] != REFUSED or len(self.refusals) >= MAX_REFUSALS):
             self.refusals.pop(0)()
         self.headers += 1
-        sent, others = torch.tensor(mine), [other for other in range(self.senders + 1) if other != self.rank]
+        sent, others = torch.tensor(mine), [other for other in range(self.world_size) if other != self.rank]
         received = torch.empty(len(others), len(mine), dtype=sent.dtype)
         works = [self.process_group.recv([row], other, self.tag) for row, other in zip(received, others, strict=True)]
         works += [self.process_group.send([sent], other, self.tag) for other in others]
@@ -124,7 +125,7 @@ class Gloo:
         self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], tag: int
     ) -> Callable[[], list[dist.Work]]:
         """Starts to send `outgoing[r]` to every other rank r and to receive `incoming[r]`, in messages of a few MB."""
-        rank, world_size = self.rank, self.senders + 1
+        rank, world_size = self.rank, self.world_size
         calls: list[Callable[[], dist.Work]] = []
         for distance in range(1, world_size):  # every rank starts with another peer
             target, source = (rank + distance) % world_size, (rank - distance) % world_size

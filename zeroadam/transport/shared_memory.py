@@ -8,9 +8,7 @@ which the others sent after they had read message n - 2 k.
 """
 
 import contextlib
-import logging
 import os
-import secrets
 import select
 import struct
 import weakref
@@ -19,35 +17,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from zeroadam._compat import timeout_of
 from zeroadam.layout.rows import RowRules, Rows
 from zeroadam.transport.backend import DIRECT_BYTES
-from zeroadam.transport.calls import FAILED, MAX_REFUSALS, REFUSED, Calls, Header, layout_digest
+from zeroadam.transport.calls import FAILED, MAX_REFUSALS, REFUSED, Header, Headings, layout_digest
 from zeroadam.transport.messages import Message, cut, sum_lists
 
 SLOT_BYTES = 2**20
 MESSAGES_IN_FLIGHT = 3
 SLOTS = 2 * MESSAGES_IN_FLIGHT
-VARIABLE = "ZEROADAM_SHARED_MEMORY"  # 0 turns it off
 HEADER = struct.Struct("<4I")
 
 Write = Callable[[Tensor], None]
 Read = Callable[[Sequence[Tensor]], None]
 
-logger = logging.getLogger(__name__)
-
 
 class SharedMemory:
-    """See `zeroadam.transport.Transport`. The slots of all ranks of a process group, and the messages under way.
+    """See `zeroadam.transport.Transport`. The slots of some ranks of a process group, and the messages under way.
 
     Args:
+        ranks: of the process group; those below are places among them.
         regions: uint8 [SLOTS * SLOT_BYTES] of each rank.
         pipes: file descriptors to read from and to write to each rank, none for this one; closed with this object.
         timeout: seconds to wait for another rank.
-        calls: what the headers say.
+        calls: what the headers say, and whether those of all ranks fit together.
     """
 
     rules = RowRules(equal=False, direct_bytes=DIRECT_BYTES)
@@ -59,9 +53,15 @@ class SharedMemory:
     waits = True
 
     def __init__(
-        self, rank: int, regions: Sequence[Tensor], pipes: Mapping[int, tuple[int, int]], timeout: float, calls: Calls
+        self,
+        rank: int,
+        ranks: Sequence[int],
+        regions: Sequence[Tensor],
+        pipes: Mapping[int, tuple[int, int]],
+        timeout: float,
+        calls: Headings,
     ) -> None:
-        self.rank, self.pipes, self.timeout, self.calls = rank, pipes, timeout, calls
+        self.rank, self.ranks, self.pipes, self.timeout, self.calls = rank, ranks, pipes, timeout, calls
         # By number of the slot, as all ranks use the same at a time: [SLOTS][W] of uint8 [SLOT_BYTES].
         self.slots = list(zip(*(region.view(SLOTS, -1) for region in regions), strict=True))
         self.queued = self.posted = self.read = 0
@@ -71,7 +71,7 @@ class SharedMemory:
         self.polls = {other: select.poll() for other in pipes}
         for other, poll in self.polls.items():
             poll.register(pipes[other][0], select.POLLIN)
-        weakref.finalize(self, _close, [end for ends in pipes.values() for end in ends])
+        weakref.finalize(self, close, [end for ends in pipes.values() for end in ends])
 
     def post(self, digest: int, write: Write, read: Read) -> None:
         """Send a message: `write` fills this rank's slot, `read` gets those of all ranks when all have written.
@@ -200,7 +200,7 @@ class SharedMemory:
             try:
                 os.write(target, HEADER.pack(*header))  # a system call: whoever reads it sees the slot as it is now
             except BrokenPipeError:
-                raise RuntimeError(f"rank {rank} of the process group has ended") from None
+                raise RuntimeError(f"rank {self.ranks[rank]} of the process group has ended") from None
         self.under_way.append((header, read))
         self.posted += 1
 
@@ -212,9 +212,11 @@ class SharedMemory:
         theirs: dict[int, Header] = {}
         for rank, (source, _) in self.pipes.items():
             if not self.polls[rank].poll(min(1000 * self.timeout, 2**31 - 1)):
-                raise RuntimeError(f"rank {rank} of the process group did not come within {self.timeout:.0f} s")
+                raise RuntimeError(
+                    f"rank {self.ranks[rank]} of the process group did not come within {self.timeout:.0f} s"
+                )
             if not (packed := os.read(source, HEADER.size)):
-                raise RuntimeError(f"rank {rank} of the process group has ended")
+                raise RuntimeError(f"rank {self.ranks[rank]} of the process group has ended")
             theirs[rank] = HEADER.unpack(packed)
         slots = self.slots[self.read % SLOTS]
         self.read += 1  # also if another rank refuses here, as then this message is done with
@@ -222,79 +224,6 @@ class SharedMemory:
         read(slots)
 
 
-def open_shared_memory(process_group: dist.ProcessGroup, calls: Calls) -> SharedMemory | None:
-    """Join the memory of all ranks; None on every rank, and a line in the log, where that cannot be. A collective.
-
-    Neither the regions nor the pipes have a name in any file system, so nothing of them can stay behind.
-    """
-    rank, world_size = process_group.rank(), process_group.size()
-    offered, refusal, opened = _Offer(), "", dict[int, int]()
-    regions: list[Tensor] = []
-    try:
-        try:
-            offered.make([other for other in range(world_size) if other != rank])
-        except OSError as error:
-            refusal = str(error)
-        answers: list[tuple[str, _Offer]] = [("", offered)] * world_size
-        dist.all_gather_object(answers, (refusal, offered), group=process_group)
-        refusals = [refusal for refusal, _ in answers]
-        if not any(refusals):
-            try:
-                for source, (_, offer) in enumerate(answers):
-                    regions.append(_map(offer))
-                    if source != rank:
-                        opened[source] = os.open(offer.path(offer.writers[rank]), os.O_WRONLY | os.O_CLOEXEC)
-            except (OSError, RuntimeError) as error:  # the latter is what torch says
-                refusal = str(error)
-            dist.all_gather_object(refusals, refusal, group=process_group)
-    finally:
-        _close([*offered.writers.values(), *([offered.region] if offered.region >= 0 else [])])
-    for source, refusal in enumerate(refusals):
-        if refusal:
-            _close([*offered.readers.values(), *opened.values()])
-            if rank == 0:
-                logger.info(
-                    "no shared memory between the ranks, so sockets are used; rank %d says: %s", source, refusal
-                )
-            return None
-    pipes = {other: (offered.readers[other], opened[other]) for other in opened}
-    timeout = timeout_of(process_group, "cpu")
-    return SharedMemory(rank, regions, pipes, timeout, calls)
-
-
-class _Offer:
-    """Open files of a process which others may open as well."""
-
-    def __init__(self) -> None:
-        self.process, self.name = os.getpid(), f"zeroadam-{secrets.token_hex(16)}"
-        self.region = -1
-        self.readers: dict[int, int] = {}
-        self.writers: dict[int, int] = {}
-
-    def make(self, others: Sequence[int]) -> None:
-        """A region, reserved to the last byte, and a pipe from each other rank; raises OSError if that cannot be."""
-        if os.environ.get(VARIABLE) == "0":
-            raise OSError(f"{VARIABLE}=0")
-        if not hasattr(os, "memfd_create"):
-            raise OSError("this system has no memfd_create")
-        self.region = os.memfd_create(self.name, os.MFD_CLOEXEC)
-        # Or a write to a page for which there is no memory would end the process.
-        os.posix_fallocate(self.region, 0, SLOTS * SLOT_BYTES)
-        for other in others:
-            self.readers[other], self.writers[other] = os.pipe()
-
-    def path(self, file: int) -> str:
-        return f"/proc/{self.process}/fd/{file}"
-
-
-def _map(offer: _Offer) -> Tensor:
-    """The region of a rank; raises OSError if that is not on this host, or not to be seen from here."""
-    path = offer.path(offer.region)
-    if os.readlink(path) != f"/memfd:{offer.name} (deleted)":
-        raise OSError(f"{path} is something else here")
-    return torch.from_file(path, shared=True, size=SLOTS * SLOT_BYTES, dtype=torch.uint8)
-
-
-def _close(files: Iterable[int]) -> None:
+def close(files: Iterable[int]) -> None:
     for file in files:
         os.close(file)

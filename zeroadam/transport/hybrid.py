@@ -1,0 +1,171 @@
+"""The transport of hybrid sharding: rows travel inside a shard group, and their sums are added up over its replicas.
+
+A reduction is that of the shard group, then an all-reduce of what this rank owns, with the ranks of the same place in
+the other shard groups: each of R replicas gets 1/R of the row, adds it up in their order, and gives the sum to all, so
+that all have the same bits. Two threads of each rank do this under backward, one inside the shard group and one across,
+where a few MB after the other are under way at once. A gather stays inside the shard group.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from zeroadam.layout.rows import Rows
+from zeroadam.layout.shard import shard_range
+from zeroadam.transport.alone import Alone
+from zeroadam.transport.gloo import Gloo
+from zeroadam.transport.jobs import Job, start_thread
+from zeroadam.transport.pool import Pool
+from zeroadam.transport.shared_memory import SharedMemory
+
+BLOCK_BYTES = 4 * 2**20  # of sums, that are added up over the replicas together
+
+Inner = Gloo | SharedMemory | Alone
+
+
+class Groups(NamedTuple):
+    """The process groups of hybrid sharding."""
+
+    shards: dist.ProcessGroup  # over which state is cut
+    replicas: dist.ProcessGroup  # of the ranks with this one's place in theirs
+    everyone: dist.ProcessGroup
+
+
+def groups_of(device_mesh: DeviceMesh, process_group: dist.ProcessGroup | None) -> Groups:
+    """The groups of a mesh [R, S]. process_group: what was given beside it.
+
+    Raises:
+        ValueError: it is no such mesh of all ranks, or there is something beside it.
+    """
+    if process_group is not None:
+        raise ValueError("device_mesh= and process_group= both say over which ranks to cut the state: give one of them")
+    if device_mesh.ndim != 2 or device_mesh.mesh_dim_names == ("shard", "replicate"):
+        raise ValueError(
+            f"device_mesh has the dimensions {device_mesh.mesh_dim_names or device_mesh.ndim}: make it by "
+            'init_device_mesh(device_type, (R, S), mesh_dim_names=("replicate", "shard"))'
+        )
+    if device_mesh.size() != dist.get_world_size():
+        raise ValueError(f"device_mesh is of {device_mesh.size()} ranks: make one of all {dist.get_world_size()}")
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    return Groups(device_mesh.get_group(1), device_mesh.get_group(0), everyone)
+
+
+class Everyone:
+    """See `zeroadam.transport.Channel`. Ranks meet all others; who fails tells those that wait for its rows as well."""
+
+    waits = True
+
+    def __init__(self, meeting: Gloo, *inner: Inner) -> None:
+        self.meeting = meeting
+        self.channels = [meeting, *(transport.channel for transport in inner if transport.channel is not None)]
+        self.meet, self.refuse = meeting.meet, meeting.refuse
+
+    def fail(self) -> None:
+        for channel in self.channels:
+            with contextlib.suppress(RuntimeError):  # where a connection is gone, which tells them as well
+                channel.fail()
+
+
+class Hybrid:
+    """See `zeroadam.transport.Transport`.
+
+    Sums of a shard group go to the replicas in the dtype of the rows, as within it; those over all in float32 at least.
+
+    Args:
+        shards, replicas: between CPU tensors, over gloo.
+        groups: of which they are.
+        exact: whether sums of lower precisions go to the replicas in float32.
+    """
+
+    same_on_all_ranks = True
+    sums_on_device = False
+
+    def __init__(self, shards: Inner, replicas: Inner, groups: Groups, channel: Everyone, exact: bool) -> None:
+        self.shards, self.replicas, self.channel, self.exact = shards, replicas, channel, exact
+        self.count, self.replica = groups.replicas.size(), groups.replicas.rank()
+        self.rules, self.senders, self.waits_in_forward = shards.rules, shards.senders, shards.waits_in_forward
+        self.clears_others = shards.clears_others
+        self.prepare_gather = shards.prepare_gather
+        self.jobs, self.crossing = start_thread(self), start_thread(self)
+        self.pool = Pool()
+
+    def prepare_reduce(
+        self, exchanges: Sequence[Rows], scratch: Sequence[Sequence[Tensor]]
+    ) -> Callable[[], Callable[[], list[Tensor]]]:
+        reduce = self.shards.prepare_reduce(exchanges, scratch)
+
+        def start() -> Callable[[], list[Tensor]]:
+            own: list[Tensor] = []  # sums of the shard group
+            sums: list[Tensor] = []
+            across = Job([partial(self._across, own, sums, exchanges[0].memory.dtype)], _ignore)
+
+            def inside() -> None:
+                own.extend(reduce()())
+                self.crossing.put(across)
+
+            job = Job([inside], _ignore)
+            self.jobs.put(job)
+
+            def finish() -> list[Tensor]:
+                job.wait(1)
+                across.wait(1)
+                return sums
+
+            return finish
+
+        return start
+
+    def _across(self, own: list[Tensor], sums: list[Tensor], dtype: torch.dtype) -> None:
+        """The sums of `own` over the replicas: in the same memory, or in float32 for lower precisions."""
+        sums += [row if row.itemsize >= 4 else torch.empty_like(row, dtype=torch.float32) for row in own]
+        numels = [row.numel() for row in own]
+        wire = torch.float32 if self.exact and dtype.itemsize < 4 else dtype
+        total = wire if wire.itemsize >= 4 else torch.float32
+        runs = list(_blocks(sum(numels), BLOCK_BYTES // total.itemsize, self.count))
+        mine = [pieces[self.replica] for _, _, pieces in runs]
+        needed = [(sum(numels), wire), (self.replicas.senders * sum(mine), wire), (sum(numels), total)]
+        memories = [self.pool.take(numel * kind.itemsize) for numel, kind in needed]
+        row, received, whole = (
+            memory.view(kind)[:numel] for memory, (numel, kind) in zip(memories, needed, strict=True)
+        )
+        if total == wire:
+            whole = row
+        if own:
+            torch._foreach_copy_(list(row.split(numels)), own)
+        finishes = []
+        for (start, stop, pieces), scratch in zip(
+            runs, received.split([self.replicas.senders * n for n in mine]), strict=True
+        ):
+            rows = Rows(row[start:stop], pieces[0], pieces)
+            lines = list(scratch.view(self.replicas.senders, -1)) if self.replicas.senders else []
+            finishes.append(self.replicas.prepare_reduce([rows], [lines])())
+        waits = []
+        for (start, stop, pieces), finish in zip(runs, finishes, strict=True):
+            rows, (summed,) = Rows(whole[start:stop], pieces[0], pieces), finish()
+            if summed.data_ptr() != rows[self.replica].data_ptr():
+                rows[self.replica].copy_(summed)
+            waits += self.replicas.prepare_gather([rows])()
+        for wait in waits:
+            wait()
+        if own:
+            torch._foreach_copy_(sums, list(whole.split(numels)))
+        for memory in reversed(memories):
+            self.pool.give_back(memory)
+
+
+def _blocks(numel: int, at_most: int, count: int) -> Iterator[tuple[int, int, list[int]]]:
+    """(start, stop, elements of each replica) of runs of a row."""
+    for start in range(0, numel, at_most):
+        stop = min(start + at_most, numel)
+        yield start, stop, [shard_range(stop - start, count, replica)[1] for replica in range(count)]
+
+
+def _ignore(error: Exception) -> None:
+    """Nothing, as who waits for a job gets its error, and tells the other ranks."""
