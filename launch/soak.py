@@ -63,8 +63,11 @@ class Agent:
     def wait_for(self, condition: Callable[[], Any], seconds: float = 120) -> None:
         """Raises AssertionError with the end of the log if it does not come true."""
         deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None, self.log.read_text()[-5000:]
+        while True:
+            has_ended = self.process.poll() is not None  # asked for first, as both may come true in between
+            if condition():
+                return
+            assert not has_ended, self.log.read_text()[-5000:]
             assert time.monotonic() < deadline, self.log.read_text()[-5000:]
             time.sleep(0.002)
 
@@ -134,11 +137,11 @@ class Round:
         return Agent(log, *self.options, "--checkpoint-dir", str(self.checkpoints), file_blocks=file_blocks)
 
     def run(self, kills: int) -> int:
-        """Returns how many processes were killed, at least `kills`."""
+        """Returns how many processes were killed, at least `kills` unless it was done before."""
         before = self.killed
         with_worker = (self.worker, self.worker_while_saving, self.two, self.at_start, self.while_loading)
         ways = [*with_worker, self.terminate, self.kill_agent, self.stop, self.full_disk, self.delete]
-        while self.killed < before + kills:
+        while self.killed < before + kills and not self.is_done:
             self.generator.choice(ways)()
         self.agent.wait_for(lambda: self.is_done)
         assert self.agent.process.wait(timeout=60) == 0, self.agent.log.read_text()[-5000:]
