@@ -145,14 +145,9 @@ def pauses(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any
     tokens = torch.randint(256, (args.batch_size, args.context + 1), device=device)
     for _ in range(3):
         implementation.step(tokens)
-    ways, extra = [], list[float]()
-    for name in WAYS_TO_SAVE:
-        ways.append(Background(name, implementation, args.checkpoint))
-        dist.barrier()
-        before = start_peak()
-        ways[-1].block(tokens)  # which is not counted, but for its memory
-        extra.append((memory("VmHWM") - before) / 1e6)
+    ways = [Background(name, implementation, args.checkpoint) for name in WAYS_TO_SAVE]
     for way in ways:
+        way.block(tokens)  # which is not counted
         for numbers in (way.paused, way.slowest, way.quiet, way.seconds):
             numbers.clear()
     for _ in range(args.steps):
@@ -160,7 +155,7 @@ def pauses(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any
             way.block(tokens)
     median = statistics.median(seconds for way in ways for seconds in way.quiet)
     rows = []
-    for way, peak in zip(ways, extra, strict=True):
+    for way in ways:
         ratios = sorted(seconds / median for seconds in way.slowest)
         rows.append(
             {
@@ -170,7 +165,6 @@ def pauses(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any
                 "most": ratios[-1],
                 "pause, ms": 1000 * statistics.median(way.paused),
                 "written after, s": statistics.median(way.seconds) if way.name != "nothing" else "",
-                "memory over a step's, MB": peak - extra[0],
             }
         )
         if way.manager is not None:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import secrets
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from zeroadam._compat import flatten_state_dict
 from zeroadam.state.state_dict import local_of
 from zeroadam.untrusted import load_object
 
+COPYING = 2  # threads
 SIMPLE = (int, float, str, bytes, type(None))  # and bool, which is an int
 
 
@@ -66,15 +68,14 @@ class Staging:
             for name, value in flat.items()
             if isinstance(value, DTensor) or name.split(".")[0] in of_rank or writers.get(name, 0) == self.rank
         }
-        values: dict[str, Any] = {}
-        used: dict[str, Tensor] = {}
-        for name, value in described.items():
-            if not isinstance(value, Tensor):
-                values[name] = _as_bytes(value, name)
-                continue
-            values[name] = local_of(value).detach()
-            if self.copies:
-                values[name] = used[name] = self._copied(name, values[name])
+        values = {
+            name: local_of(value).detach() if isinstance(value, Tensor) else _as_bytes(value, name)
+            for name, value in described.items()
+        }
+        tensors = {name: value for name, value in values.items() if self.copies and isinstance(value, Tensor)}
+        with ThreadPoolExecutor(COPYING) as threads:  # where a core is free, memory is copied faster
+            used = dict(zip(tensors, threads.map(self._copied, *zip(*tensors.items(), strict=True)), strict=True))
+        values |= used
         for device in {value.device for value in described.values() if isinstance(value, Tensor) and not value.is_cpu}:
             torch.accelerator.synchronize(device)
         self.memory = used
