@@ -37,6 +37,8 @@ from zeroadam.update.master import MASTERS
 NOTHING = object()
 # The flags of a param group on which the names in the state of its parameters depend, or what can be done with them.
 LAYOUT = ("amsgrad", "differentiable")
+# What the param groups of torch's Adams have, and of no other optimizer.
+ADAMS = {"lr", "betas", "eps", "weight_decay", "amsgrad"}
 
 
 def load(
@@ -181,7 +183,8 @@ def _check_param_groups(state_dict: dict[str, Any], folder: str | os.PathLike[st
                 raise ValueError(
                     f"group {index} in {folder} has {key}={group[key]}, that of the optimizer {key}={own[key]}"
                 )
-        check_hyperparameters(group, f"group {index} in {folder}")
+        if own.keys() >= ADAMS:
+            check_hyperparameters(group, f"group {index} in {folder}")
 
 
 def _find(state_dict: dict[str, Any], path: Sequence[str | int]) -> Any:

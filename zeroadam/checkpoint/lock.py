@@ -63,13 +63,16 @@ def _wait_for(file: int, folder: Path) -> None:
                 return
         else:
             return
+        os.lseek(file, 0, os.SEEK_SET)
+        mine = {"process": os.getpid(), "host": socket.gethostname()}
+        try:
+            holder = json.loads(os.read(file, 4096))
+            who = f"process {holder['process']} of host {holder['host']}"
+        except (ValueError, KeyError, TypeError):
+            holder, who = {}, "another process"
+        if mine.items() <= holder.items():
+            raise RuntimeError(f"another Manager of this process writes checkpoints to {folder}: close() it first")
         if time.monotonic() > deadline:
-            os.lseek(file, 0, os.SEEK_SET)
-            try:
-                holder = json.loads(os.read(file, 4096))
-                who = f"process {holder['process']} of host {holder['host']}"
-            except (ValueError, KeyError, TypeError):
-                who = "another process"
             raise RuntimeError(f"{who} writes checkpoints to {folder}: end it, or give this run a folder of its own")
         time.sleep(0.1)
 

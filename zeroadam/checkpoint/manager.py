@@ -64,9 +64,8 @@ class Manager:
         per_rank: Mapping[str, Any] | None = None,
         **objects: Any,
     ) -> None:
-        group = joined_group(None)
-        self.rank, self.world_size, self.keep, self.in_background = group.rank(), group.size(), keep, in_background
-        alone = isinstance(group, OneProcess)
+        group, self.keep, self.in_background = joined_group(None), keep, in_background
+        self.rank, self.world_size, alone = group.rank(), group.size(), isinstance(group, OneProcess)
         # Apart from what the training sends meanwhile.
         self.group = group if alone else dist.new_group(backend="gloo", timeout=TIMEOUT)
         if alone:
@@ -145,7 +144,7 @@ class Manager:
             return
         (step, future), self._writing = self._writing, None
         failure = future.exception()
-        failures = self._gathered(None if failure is None else str(failure).strip() or type(failure).__name__)
+        failures = self._gathered(failure and (str(failure).strip() or type(failure).__name__))
         self.error = next(filter(None, failures), None)
         if self.error is not None and self.rank == 0:
             warnings.warn(f"no checkpoint of step {step}: {self.error}", stacklevel=2)
@@ -274,8 +273,8 @@ class Manager:
         except BaseException as error:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            failures = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-            future.set_exception(failures[0])
+            first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            future.set_exception(first)
         else:
             future.set_result(None)
 
@@ -285,7 +284,8 @@ class Manager:
 
         def prepare() -> Manifest:
             with one_kind_of_error(path):
-                state.update(self._objects.state_dict_for(read_metadata(path)))
+                metadata = read_metadata(path)
+            state.update(self._objects.state_dict_for(metadata))
             return {}
 
         check_ranks_agree(self.group, prepare)

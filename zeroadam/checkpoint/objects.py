@@ -40,7 +40,7 @@ class Objects:
         self.of_rank = [*self.per_rank, RANDOM]  # what each rank has of its own
         for name, obj in {**self.objects, **self.per_rank}.items():
             if not (hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")):
-                raise ValueError(f"{name} is a {type(obj).__name__}, without state_dict() and load_state_dict()")
+                raise ValueError(f"{name} is a {_kind(obj)}, without state_dict() and load_state_dict()")
             if "." in name or name == RANDOM or (name in self.objects and name in self.per_rank):
                 raise ValueError(f"{name} cannot be the name of an object: give it another")
         self.models = {name: obj for name, obj in self.objects.items() if isinstance(obj, nn.Module)}
@@ -62,10 +62,15 @@ class Objects:
         whatever is in that comes back as it was.
 
         Raises:
-            ValueError: such a state dict could not be loaded again without running code, or is sharded.
+            ValueError: such a state dict could not be loaded again without running code, or is sharded; an optimizer of
+                a kind that torch.distributed.checkpoint does not take.
         """
         state: dict[str, Any] = {name: get_model_state_dict(model) for name, model in self.models.items()}
-        state |= {name: get_optimizer_state_dict(*pair) for name, pair in self.optimizers.items()}
+        for name, pair in self.optimizers.items():
+            try:
+                state[name] = get_optimizer_state_dict(*pair)
+            except Exception as error:  # such as LBFGS, which takes no step without a closure
+                raise ValueError(f"torch makes no state dict by name of {name}, a {_kind(pair[1])}: {error}") from error
         state |= {name: _packed(obj, name) for name, obj in self.others.items()}
         state |= {name: {self.mine: _packed(obj, name)} for name, obj in self.per_rank.items()}
         random = {"cpu": torch.get_rng_state()}
@@ -116,6 +121,10 @@ class Objects:
             torch.set_rng_state(random["cpu"])
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
+
+
+def _kind(obj: Any) -> str:
+    return type(obj).__name__
 
 
 def _packed(obj: Any, name: str) -> bytes:
