@@ -58,6 +58,7 @@ from zeroadam.step_plan import StepPlan
 from zeroadam.transport import Transports
 from zeroadam.transport.calls import LOOK, STEP, DisagreementError, digest_of
 from zeroadam.transport.hybrid import groups_of
+from zeroadam.update.adam import prepare
 from zeroadam.update.hyperparameters import refuse_capture
 
 
@@ -231,6 +232,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._consolidated, self._stepped = None, True
         with self._ends_together():
             # Phase 1, bucket by bucket: update this rank's pieces, launch their all-gather.
+            with self._meter.phase("update"):
+                prepare(self._plan.updates, self.param_groups)
             for bucket, updates in zip(self._plan.buckets, self._plan.updates, strict=True):
                 self._gathers.free_staging(bucket)
                 with self._meter.phase("update"):

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zeroadam.update.adam import Update
+import zeroadam.optimizer
+import zeroadam.update.adam
+from zeroadam import ZeroAdamW
+from zeroadam.update.adam import Update, prepare
 from zeroadam.update.block import Scratch
 from zeroadam.update.master import join, split
 from zeroadam.update.piece import Piece
@@ -83,6 +86,11 @@ def on_device(pieces: list[Piece]) -> list[Piece]:
     ]
 
 
+def step(kernel: Any, pieces: list[Piece], group: dict[str, Any]) -> None:
+    for launch in kernel.prepare([pieces], group, [])[0]:
+        kernel.update(launch, group)
+
+
 def step_on_cpu(pieces: list[Piece], group: dict[str, Any]) -> None:
     Update(pieces, group, Scratch(2**14, torch.device("cpu"))).step(group)
 
@@ -123,7 +131,7 @@ def test_the_kernel_does_what_the_cpu_does(
     assert all(kernel.fits(piece, group) for piece in found)
     for _ in range(3):
         step_on_cpu(expected, group)
-        kernel.update(found, group)
+        step(kernel, found, group)
     dtype, kept, moments = case
     # A few roundings of the dtype in which Adam runs; where a sum nearly cancels, they count against its terms.
     eps = torch.finfo(torch.float32 if kept or moments != dtype else dtype).eps
@@ -156,7 +164,7 @@ def test_stochastic_rounding_is_that_of_the_cpu(kernel) -> None:
     pieces = [Piece(torch.zeros(5000), grad, 1, state, torch.float32)]
     found = on_device(pieces)
     step_on_cpu(pieces, group)
-    kernel.update(found, group)
+    step(kernel, found, group)
     rounded = 0
     for name in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(found[0].state[name].cpu(), pieces[0].state[name])
@@ -169,7 +177,7 @@ def test_what_is_no_number_stays_that(kernel) -> None:
     pieces = pieces_of(torch.bfloat16, "remainder", torch.bfloat16, False)
     pieces[0].grad[:3] = torch.tensor([math.nan, math.inf, -math.inf])
     found = on_device(pieces)
-    kernel.update(found, GROUP)
+    step(kernel, found, GROUP)
     assert found[0].param[:3].isnan().all()
     assert found[0].state["exp_avg"][0].isnan()
     assert found[0].state["exp_avg"][1:3].tolist() == [math.inf, -math.inf]
@@ -181,7 +189,7 @@ def test_a_parameter_set_to_zero_goes_on_from_there(kernel) -> None:
     pieces[0].param.mul_(0)  # of both signs
     assert (pieces[0].state["remainder"].view(torch.int16) < 0).any()
     found = on_device(pieces)
-    kernel.update(found, GROUP)
+    step(kernel, found, GROUP)
     assert found[0].param.isfinite().all()
 
 
@@ -240,14 +248,14 @@ def test_it_compiles_for_a_gpu_and_loads_16_bytes_at_a_time(tmp_path: Path, case
 def test_a_cuda_graph_of_the_kernel(kernel) -> None:
     group = {**GROUP, "lr": torch.tensor(1e-2, device="cuda"), "capturable": True}
     expected, found = (on_device(pieces_of(torch.bfloat16, "master", torch.float32, False)) for _ in range(2))
-    kernel.update(found, group)  # the kernel is compiled
+    step(kernel, found, group)  # the kernel is compiled
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernel.update(found, group)
+        step(kernel, found, group)
     for _ in range(3):
         graph.replay()
     for _ in range(4):
-        kernel.update(expected, group)
+        step(kernel, expected, group)
     for mine, its in zip(found, expected, strict=True):
         assert torch.equal(mine.param, its.param)
         assert torch.equal(mine.state["master"], its.state["master"])
@@ -255,11 +263,11 @@ def test_a_cuda_graph_of_the_kernel(kernel) -> None:
 
 def test_gradients_that_are_allocated_anew_cost_one_small_table(kernel: Any) -> None:
     pieces = on_device(pieces_of(torch.float32, "", torch.float32, False))
-    kernel.update(pieces, GROUP)
+    step(kernel, pieces, GROUP)
     before = dict(kernel._TABLES)
     for piece in pieces:
         piece.grad = piece.grad.clone()
-    kernel.update(pieces, GROUP)
+    step(kernel, pieces, GROUP)
     added = [key for key in kernel._TABLES if key not in before]
     kinds = {(p.param.numel() % 16 == 0) for p in pieces}  # those that are aligned have tables of their own
     assert 1 <= len(added) <= len(kinds)
@@ -278,7 +286,7 @@ def test_tables_of_a_graph_are_kept_as_long_as_the_state_that_it_changes(
     monkeypatch.setattr(kernel, "_capturing", lambda device: True)  # noqa: ARG005
     before = len(kernel._CAPTURED)
     pieces = on_device(pieces_of(torch.float32, "", torch.float32, False))
-    kernel.update(pieces, GROUP)
+    step(kernel, pieces, GROUP)
     assert before < len(kernel._CAPTURED) <= before + 2  # of those that are aligned, and of the others
     kernel._TABLES.clear()
     steps = [piece.state["step"] for piece in pieces]
@@ -290,27 +298,99 @@ def test_tables_of_a_graph_are_kept_as_long_as_the_state_that_it_changes(
     assert len(kernel._CAPTURED) == before
 
 
+class Count(TorchDispatchMode):
+    """The names of the operators that would be launched; views and marks for the profiler are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not view and func.namespace != "profiler":
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.skipif(CUDA, reason="counts what Triton's interpreter does not launch")
 def test_launches_beside_the_kernel_do_not_grow_with_pieces_or_kinds(kernel: Any, monkeypatch: Any) -> None:
     """They were 14 for each kind of pieces: two here, as those that begin off 16 bytes are one of their own."""
-
-    class Count(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.names: list[str] = []
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
-                self.names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     monkeypatch.setattr(kernel, "_kernel", {(n,): lambda *_, **__: None for n in range(1, 20)})
     found = []
     for few in (True, False):
         pieces = on_device(pieces_of(torch.float32, "", torch.float32, False))[: 1 if few else None]
-        kernel.update(pieces, GROUP)  # its tables are made
+        step(kernel, pieces, GROUP)  # its tables are made
         with Count() as count:
-            kernel.update(pieces, GROUP)
+            step(kernel, pieces, GROUP)
         found.append(count.names)
     assert found[0] == found[1]
     assert len(found[0]) <= 14
+
+
+def optimizer_of(bucket_cap_mb: float) -> tuple[ZeroAdamW, list[Tensor]]:
+    """Of eight parameters in two param groups, which the kernel is to update."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(n, generator=generator)) for n in (3000, 7, 4096, 129) * 2]
+    groups = [{"params": params[:5], "weight_decay": 0.1}, {"params": params[5:], "lr": 0.01}]
+    return ZeroAdamW(groups, lr=1e-3, fused=True, bucket_cap_mb=bucket_cap_mb), params
+
+
+@pytest.mark.skipif(CUDA, reason="runs the kernel on CPU tensors, in Triton's interpreter")
+def test_launches_beside_the_kernel_do_not_grow_with_buckets(kernel: Any, monkeypatch: Any) -> None:
+    """What depends on the counts of steps was computed for every bucket: 14 operators for each."""
+    monkeypatch.setattr(zeroadam.update.adam, "_kernel_for", lambda _: kernel)
+    launched: list[int] = []
+    monkeypatch.setattr(kernel, "_kernel", {(n,): lambda *_, **__: launched.append(1) for n in range(1, 100)})
+    found, buckets, launches = [], [], []
+    for bucket_cap_mb in (25, 0.001):
+        optimizer, params = optimizer_of(bucket_cap_mb)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()  # states and tables are made
+        optimizer.step()
+        launched.clear()
+        with Count() as count:
+            optimizer.step()
+        found.append(sorted(count.names))
+        buckets.append(len(optimizer._plan.buckets))
+        launches.append(len(launched))
+        assert [float(optimizer.state[param]["step"]) for param in params] == [3.0] * len(params)
+    assert buckets[0] < buckets[1]
+    assert launches[0] < launches[1]
+    assert found[0] == found[1]
+    assert found[0].count("aten._foreach_add_.Scalar") == 2  # one for each param group
+
+
+@pytest.mark.skipif(CUDA, reason="runs the kernel on CPU tensors, in Triton's interpreter")
+def test_a_step_prepared_for_all_buckets_has_the_bits_of_one_for_each(kernel: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(zeroadam.update.adam, "_kernel_for", lambda _: kernel)
+    found = []
+    for together in (True, False):
+        if not together:  # every update then prepares for itself
+            monkeypatch.setattr(zeroadam.optimizer, "prepare", lambda *_: None)
+        optimizer, params = optimizer_of(0.001)
+        generator = torch.Generator().manual_seed(1)
+        for step_number in range(4):
+            for index, param in enumerate(params):  # some without gradients, so that counts differ
+                missing = step_number == 1 and index % 2
+                param.grad = None if missing else torch.randn(param.shape, generator=generator)
+            optimizer.param_groups[0]["lr"] = 1e-3 * (step_number + 1)
+            optimizer.step()
+        state = [optimizer.state[param][name] for param in params for name in ("step", "exp_avg", "exp_avg_sq")]
+        found.append([*params, *state])
+    assert len({float(optimizer.state[param]["step"]) for param in params}) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.skipif(CUDA, reason="runs the kernel on CPU tensors, in Triton's interpreter")
+def test_an_update_of_no_elements_is_counted_once(kernel: Any, monkeypatch: Any) -> None:
+    """A bucket of which this rank owns nothing."""
+    monkeypatch.setattr(zeroadam.update.adam, "_kernel_for", lambda _: kernel)
+    pieces = pieces_of(torch.float32, "", torch.float32, False)[:2]
+    pieces[1] = Piece(torch.empty(0), torch.empty(0), 1, {"step": torch.tensor(4.0)}, torch.float32)
+    updates = [[(0, Update([piece], GROUP, Scratch(2**14, torch.device("cpu"))))] for piece in pieces]
+    for _ in range(2):
+        prepare(updates, [GROUP])
+        for ((_, update),) in updates:
+            update.step(GROUP)
+    assert [float(piece.state["step"]) for piece in pieces] == [2.0, 6.0]

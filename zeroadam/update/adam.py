@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ class Update:
         own = [pieces[index] for index in self.indices]
         self.amsgrad = bool(group["amsgrad"])
         self.step_copies: tuple[list[Tensor], list[Tensor]] = ([], [])  # copies, and what they are copies of
-        self.kernel: Any = _triton_update() if own and own[0].param.is_cuda else None
+        self.device = pieces[0].param.device
+        self.kernel: Any = _kernel_for(self.device)
+        self.launches: Any = None  # of the kernel in the step that has been prepared
         self.for_kernel = {
             index: piece
             for index, piece in enumerate(own)
@@ -73,14 +76,17 @@ class Update:
 
     def step(self, group: Mapping[str, Any]) -> None:
         """Update everything, by the values that `group` has now."""
-        if self.empty_steps:
+        if self.kernel is not None:
+            if self.launches is None:
+                prepare([[(0, self)]], [group])
+            with torch.accelerator.device_index(self.device.index):  # where Triton launches
+                for launch in self.launches:
+                    self.kernel.update(launch, group)
+            self.launches = None
+        elif self.empty_steps:
             torch._foreach_add_(self.empty_steps, 1)
         if self.step_copies[0]:
             torch._foreach_copy_(*self.step_copies)
-        if self.for_kernel:
-            pieces = list(self.for_kernel.values())
-            with torch.accelerator.device_index(pieces[0].param.device.index):  # where Triton launches
-                self.kernel.update(pieces, group)
         for block in self.blocks:
             block.step(group)
 
@@ -117,6 +123,26 @@ class Update:
                 of_run[name] = tensor[start // per_number : (start + BLOCK_NUMEL) // per_number]
             runs.append(Run(index, part, flat(piece.param)[part], of_run))
         return runs
+
+
+def prepare(updates: Sequence[Sequence[tuple[int, Update]]], groups: Sequence[Mapping[str, Any]]) -> None:
+    """What our own kernel needs is computed here for all updates of a step at once, not for each of them.
+
+    updates: those of each bucket, each with the index of its param group.
+    """
+    together: dict[tuple[int, torch.device], list[Update]] = {}
+    for index, update in chain.from_iterable(updates):
+        if update.kernel is not None:
+            together.setdefault((index, update.device), []).append(update)
+    for (index, _), some in together.items():
+        steps = [step for update in some for step in update.empty_steps]
+        launches = some[0].kernel.prepare([list(update.for_kernel.values()) for update in some], groups[index], steps)
+        for update, of_update in zip(some, launches, strict=True):
+            update.launches = of_update
+
+
+def _kernel_for(device: torch.device) -> Any:
+    return _triton_update() if device.type == "cuda" else None
 
 
 @functools.cache

@@ -4,8 +4,8 @@ It does what `zeroadam.update.adam` does for one block: follow a parameter that 
 remainder, cast and divide the gradient, run Adam, and round what is stored in fewer bits.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,7 +28,7 @@ _TABLES: dict[Any, Table] = {}
 MAX_TABLES = 1000
 
 
-def fits(piece: Piece, group: dict[str, Any]) -> bool:
+def fits(piece: Piece, group: Mapping[str, Any]) -> bool:
     """Whether the kernel can update this piece: without 8-bit moments, float64, or gaps and other orders in memory."""
     param, state = piece.param, piece.state
     tensors = [piece.grad, *(state[name] for name in TENSORS[:-1] if name in state)]
@@ -41,23 +41,48 @@ def fits(piece: Piece, group: dict[str, Any]) -> bool:
     )
 
 
-def update(pieces: Sequence[Piece], group: dict[str, Any]) -> None:
-    """One step of Adam on every piece that fits, in place on `param` and `state`."""
+class Launch(NamedTuple):
+    """Of the kernel in one step: for pieces of the same dtypes."""
+
+    pieces: list[Piece]
+    aligned: bool  # all lie at multiples of 16 bytes, so that loads may be as wide
+    scalars: Tensor  # float32 [pieces, 4]
+
+
+def prepare(
+    updates: Sequence[Sequence[Piece]], group: Mapping[str, Any], steps: Sequence[Tensor]
+) -> list[list[Launch]]:
+    """Count a step, and compute what depends on the counts, once for all of a param group: the launches of each update.
+
+    updates: pieces that fit. steps: [] each, other counts of the group on the device, which are counted as well.
+    """
+    kinds = [_kinds(pieces) for pieces in updates]
+    own = [piece.state["step"] for of_update in kinds for alike in of_update.values() for piece in alike]
+    if own or steps:
+        torch._foreach_add_([*own, *steps], 1)
+    rest = _scalars(own, group) if own else torch.empty(0)
+    launches: list[list[Launch]] = []
+    for of_update in kinds:
+        launches.append([])
+        for (aligned, *_), alike in of_update.items():
+            launches[-1].append(Launch(alike, aligned, rest[: len(alike)]))
+            rest = rest[len(alike) :]
+    return launches
+
+
+def _kinds(pieces: Sequence[Piece]) -> dict[Any, list[Piece]]:
+    """Those that one launch can update, by whether they are aligned and their dtypes."""
     kinds: dict[Any, list[Piece]] = {}
     for piece in pieces:
         dtypes = tuple(piece.state[name].dtype for name in TENSORS if name in piece.state)
         tensors = [piece.param, piece.grad, *(tensor for name, tensor in piece.state.items() if name != "step")]
         aligned = piece.param.numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
         kinds.setdefault((aligned, piece.param.dtype, piece.grad.dtype, piece.compute, dtypes), []).append(piece)
-    rest = _scalars([piece.state["step"] for alike in kinds.values() for piece in alike], group)
-    for (aligned, *_), alike in kinds.items():
-        _update_alike(alike, group, aligned, rest[: len(alike)])
-        rest = rest[len(alike) :]
+    return kinds
 
 
-def _scalars(steps: list[Tensor], group: dict[str, Any]) -> Tensor:
-    """Count a step of each piece, and compute for all what depends on it: float32 [pieces, 4], rows of 16 bytes."""
-    torch._foreach_add_(steps, 1)
+def _scalars(steps: list[Tensor], group: Mapping[str, Any]) -> Tensor:
+    """What depends on the counts of steps, for each of them: float32 [pieces, 4], rows of 16 bytes."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     # In float64 as in torch: [pieces] each.
     step = torch.stack(steps).double()
@@ -67,15 +92,15 @@ def _scalars(steps: list[Tensor], group: dict[str, Any]) -> Tensor:
     return torch.stack([size, root, decay, decay], 1).float()
 
 
-def _update_alike(pieces: Sequence[Piece], group: dict[str, Any], aligned: bool, scalars: Tensor) -> None:
-    """Of pieces of the same dtypes; aligned: all lie at multiples of 16 bytes, so that loads may be as wide."""
-    first, (beta1, beta2) = pieces[0], group["betas"]
-    table, blocks, grads = _tables(pieces)
+def update(launch: Launch, group: Mapping[str, Any]) -> None:
+    """One step of Adam, in place on `param` and `state` of the pieces."""
+    first, (beta1, beta2) = launch.pieces[0], group["betas"]
+    table, blocks, grads = _tables(launch.pieces)
     _kernel[(blocks.shape[0],)](
         table,
         blocks,
         grads,
-        scalars,
+        launch.scalars,
         beta1,
         beta2,
         1 - beta1,
@@ -91,7 +116,7 @@ def _update_alike(pieces: Sequence[Piece], group: dict[str, Any], aligned: bool,
         amsgrad=group["amsgrad"],
         maximize=group["maximize"],
         decoupled=group["decoupled_weight_decay"],
-        aligned=aligned,
+        aligned=launch.aligned,
         hash_=HASH,
         golden=GOLDEN,
         block=BLOCK,
