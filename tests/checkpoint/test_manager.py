@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from state_checks import equal
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -173,25 +174,65 @@ def test_each_rank_copies_and_writes_its_part(run_ranks: Any, tmp_path: Path, wo
         assert copies <= shards + whole / world_size * 1.05 + 5056 + 1000  # the state of random numbers, and steps
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adafactor", "lbfgs"])
-def test_other_optimizers_of_torch(tmp_path: Path, kind: str) -> None:
-    """All that torch.distributed.checkpoint takes; LBFGS is not among them."""
-    kinds = {"sgd": torch.optim.SGD, "adafactor": torch.optim.Adafactor, "lbfgs": torch.optim.LBFGS}
-    model = nn.Linear(4, 3)
-    optimizer = kinds[kind](model.parameters(), lr=0.1)
-    manager = Manager(tmp_path, model=model, optimizer=optimizer)
-    if kind == "lbfgs":
-        with pytest.raises(ValueError, match="torch makes no state dict by name of optimizer, a LBFGS"):
-            manager.save(1)
-    else:
-        model(torch.ones(2, 4)).sum().backward()
-        optimizer.step()
-        before = model.weight.detach().clone()
-        manager.save(1)
-        optimizer.step()
-        assert manager.load() == 1
-        assert torch.equal(model.weight, before)
-    manager.close()
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.1),
+    "nadam": lambda params: torch.optim.NAdam(params, lr=0.1),
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.5),
+    "adafactor": lambda params: torch.optim.Adafactor(params, lr=0.1),
+    "lbfgs": lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=3),
+    "zeroadam": lambda params: ZeroAdamW(params, lr=0.1),
+}
+
+
+def steps_of(optimizer: torch.optim.Optimizer, model: nn.Module, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            loss = model(torch.linspace(step, 2, 8).view(2, 4)).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)  # type: ignore[arg-type]
+
+
+class Unused(nn.Module):
+    """A parameter of it never gets a gradient, so that optimizers of torch have no state of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 3), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("module", [lambda: nn.Linear(4, 3), Unused], ids=["used", "unused"])
+def test_saving_changes_nothing_and_resuming_is_to_the_bit(tmp_path: Path, kind: str, module: Any) -> None:
+    """Also before the first step, from which torch's own function would make one; no step hooks run."""
+    torch.manual_seed(0)
+    plain, saved, resumed = (module() for _ in range(3))
+    saved.load_state_dict(plain.state_dict())
+    optimizers = [OPTIMIZERS[kind](model.parameters()) for model in (plain, saved, resumed)]
+    counted: list[int] = []
+    optimizers[1].register_step_post_hook(lambda *_: counted.append(1))
+    with Manager(tmp_path, model=saved, optimizer=optimizers[1], keep=9) as manager:
+        manager.save(0)
+        for step in (1, 2, 3):
+            steps_of(optimizers[0], plain, step, step)
+            steps_of(optimizers[1], saved, step, step)
+            manager.save(step)
+    assert counted == [1, 1, 1]
+    assert equal(saved.state_dict(), plain.state_dict())
+    assert equal(optimizers[1].state_dict()["state"], optimizers[0].state_dict()["state"])
+    with Manager(tmp_path, model=resumed, optimizer=optimizers[2]) as manager:
+        for start in (2, 0):
+            assert manager.load(start) == start
+            steps_of(optimizers[2], resumed, start + 1, 3)
+            assert equal(resumed.state_dict(), plain.state_dict()), start
+            assert equal(optimizers[2].state_dict()["state"], optimizers[0].state_dict()["state"])
 
 
 def test_what_all_have_is_shared_out_evenly() -> None:
@@ -269,6 +310,8 @@ def refusals(folder: str) -> None:
     manager = Manager(folder, model=model, optimizer=optimizer)
     refused(lambda: Manager(folder, model=model), "writes checkpoints to")
     refused(lambda: manager.save(rank), "disagree on the step: 0 on rank 0; 1 on rank 1")
+    refused(lambda: manager.save(1.0), "a step is a whole number, not 1.0")  # type: ignore[arg-type]
+    refused(lambda: manager.load(rank), "disagree on what to load: 0 on rank 0; 1 on rank 1")
     refused(lambda: manager.load(7), "has no checkpoint of step 7, but of none")
     assert manager.load() == 0
     manager.save(2)
@@ -276,6 +319,14 @@ def refusals(folder: str) -> None:
     manager.save(3)
     assert manager.steps() == [3, 2]
     manager.close()
+    manager.close()
+    refused(lambda: manager.save(4), "this Manager is closed")
+    warned = pytest.warns(UserWarning, match="optimizer of the checkpoint is not loaded")
+    with Manager(folder, model=model) as other, warned if rank == 0 else warnings.catch_warnings():
+        assert other.load() == 3
+    ignoring = nn.Linear(3, 2)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(ignoring, ["bias"])
+    refused(lambda: Manager(folder, model=DistributedDataParallel(ignoring)), "bias of model is left out by")
     with Manager(folder, model=nn.Linear(3, 2, bias=False)) as other:
         refused(other.load, "bias is in the checkpoint, and not in the model")
     with Manager(folder, model=nn.Linear(3, 5)) as other:
@@ -326,8 +377,9 @@ def test_a_write_that_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.Mon
     assert training.manager.error
     assert training.manager.steps() == [1]
     assert [path.name for path in tmp_path.glob("*.tmp")] == []
+    training.manager.save(2)  # again
     training.manager.save(3)
-    assert training.manager.steps() == [3, 1]
+    assert training.manager.steps() == [3, 2]
     assert training.manager.error is None
     monkeypatch.setattr(os, "fsync", full)
     training.manager.save(4)
@@ -336,6 +388,38 @@ def test_a_write_that_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.Mon
         pytest.raises(RuntimeError, match="no checkpoint of step 4"),
     ):
         training.manager.close()
+
+
+def one_rank_alone(folder: str) -> None:
+    from datetime import timedelta
+
+    import zeroadam.checkpoint.ranks as module
+
+    module.PATIENCE = timedelta(seconds=2)
+    manager = Manager(folder, model=nn.Linear(1, 1))
+    if dist.get_rank() == 0:
+        refused(lambda: manager.save(1), "all ranks have to call what a Manager does, and not all have: .*1")
+
+
+def test_a_save_on_one_rank_alone(run_ranks: Any, tmp_path: Path) -> None:
+    run_ranks(one_rank_alone, 2, str(tmp_path))
+
+
+def test_a_folder_that_moves_away_and_one_that_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = nn.Linear(1, 1)
+    manager = Manager("relative", model=model)
+    (tmp_path / "relative" / "step-5").mkdir()  # somebody's own
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    manager.save(10)
+    assert manager.steps() == [10]
+    shutil.rmtree(tmp_path / "relative")
+    manager.save(11)
+    assert manager.steps() == [11]
+    with pytest.raises(RuntimeError, match="another Manager of this process"):
+        Manager(tmp_path / "relative", model=model)
+    manager.close()
 
 
 def test_a_damaged_one_is_passed_over(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ def path_of(folder: Path, step: int) -> Path:
 
 def steps_in(folder: Path) -> list[int]:
     """Those of the whole checkpoints, the newest first."""
-    return sorted((int(p.name[5:]) for p in folder.glob("step-*") if p.name[5:].isdecimal()), reverse=True)
+    numbers = [int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted((step for step in numbers if path_of(folder, step).is_dir()), reverse=True)
 
 
 def clear(folder: Path) -> None:

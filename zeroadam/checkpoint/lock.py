@@ -37,7 +37,16 @@ class Lock:
             os.close(file)
             raise
         _held.add(file)
+        self.folder, self.token, self.file = folder, token, file
         self.release = weakref.finalize(self, _release, file)
+
+    def ensure(self) -> "Lock":
+        """This one; another, where the folder was removed and made again meanwhile."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self.file), (self.folder / NAME).stat()):
+                return self
+        self.release()
+        return Lock(self.folder, self.token)
 
 
 def is_seen(folder: Path, token: str) -> bool:

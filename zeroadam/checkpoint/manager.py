@@ -3,17 +3,14 @@
 import os
 import secrets
 import shutil
-import time
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from zlib import crc32
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -22,13 +19,10 @@ from zeroadam.checkpoint.loading import load
 from zeroadam.checkpoint.lock import Lock, is_seen
 from zeroadam.checkpoint.metadata import read_metadata
 from zeroadam.checkpoint.objects import Objects
+from zeroadam.checkpoint.ranks import Ranks
 from zeroadam.checkpoint.writing import Staged, Staging, Writer, ZeroadamPlanner
-from zeroadam.state.agreement import Manifest, check_ranks_agree, joined_group
-from zeroadam.transport.alone import OneProcess
+from zeroadam.state.agreement import Manifest
 from zeroadam.untrusted import one_kind_of_error
-
-# How long a rank may write while others wait for it. One that ends is noticed at once.
-TIMEOUT = timedelta(hours=2)
 
 
 class Manager:
@@ -64,18 +58,14 @@ class Manager:
         per_rank: Mapping[str, Any] | None = None,
         **objects: Any,
     ) -> None:
-        group, self.keep, self.in_background = joined_group(None), keep, in_background
-        self.rank, self.world_size, alone = group.rank(), group.size(), isinstance(group, OneProcess)
-        # Apart from what the training sends meanwhile.
-        self.group = group if alone else dist.new_group(backend="gloo", timeout=TIMEOUT)
-        if alone:
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        self.folder = None if folder is None else Path(folder)
+        self.keep, self.in_background, self._ranks = keep, in_background, Ranks()
+        self.rank = self._ranks.rank
+        self.folder = None if folder is None else Path(folder).absolute()
         self.error: str | None = None  # why the last checkpoint is not there, on every rank
-        self.step = 0  # of the last one that was saved or loaded
+        self.step = self._before = 0  # of the last one that was saved or loaded, and of the one before
         self._ours = False  # whether all checkpoints of the folder up to that one are of this course of the training
         self._writing: tuple[int, Future[None]] | None = None
-        self._staging = Staging(self.rank, self.world_size, copies=in_background)
+        self._staging = Staging(self.rank, self._ranks.world_size, copies=in_background)
         self._planner = type(f"ZeroadamPlanner-{secrets.token_hex(8)}", (ZeroadamPlanner,), {})  # plans of its own
         self._executor = ThreadPoolExecutor(1, "zeroadam.checkpoint")
         self._lock: Lock | None = None
@@ -86,7 +76,7 @@ class Manager:
                 raise ValueError(f"keep is how many checkpoints stay, at least 1, or None, not {keep}")
             return {"the folder": str(folder), "the objects": str([*self._objects.objects, *self._objects.per_rank])}
 
-        check_ranks_agree(self.group, check)
+        self._ranks.agree(check)
         if self.folder is not None:
             self._open(self.folder)
 
@@ -104,7 +94,10 @@ class Manager:
         staged: Staged | None = None
 
         def stage() -> Manifest:
-            nonlocal staged
+            nonlocal staged, step
+            if not hasattr(step, "__index__"):
+                raise ValueError(f"a step is a whole number, not {step!r}")
+            step = int(step)  # of numpy's as well
             if self.folder is None:
                 raise ValueError("this Manager has no folder to save to: give it one")
             if step <= self.step and self._ours:
@@ -116,16 +109,17 @@ class Manager:
             names = sorted(name for name in staged.mappings if name.split(".")[0] in self._objects.objects)
             return {"the step": str(step), "what is saved": f"{len(names)} entries, {crc32(repr(names).encode()):x}"}
 
-        check_ranks_agree(self.group, stage)
+        self._ranks.agree(stage)
         assert staged is not None
 
         def own() -> Manifest:
-            if self.rank == 0 and self.folder is not None:
+            if self.folder is not None and self._lock is not None:  # the first rank
+                self._lock = self._lock.ensure()
                 set_aside(self.folder, self.step if self._ours else -1)
             return {}
 
-        check_ranks_agree(self.group, own)
-        self.step, self._ours = step, True
+        self._ranks.agree(own)
+        self._before, self.step, self._ours = self.step, step, True
         future: Future[None] = Future()
         self._writing = step, future
         if self.in_background:
@@ -144,15 +138,18 @@ class Manager:
             return
         (step, future), self._writing = self._writing, None
         failure = future.exception()
-        failures = self._gathered(failure and (str(failure).strip() or type(failure).__name__))
-        self.error = next(filter(None, failures), None)
-        if self.error is not None and self.rank == 0:
-            warnings.warn(f"no checkpoint of step {step}: {self.error}", stacklevel=2)
+        failures = self._ranks.gathered(failure and (str(failure).strip() or type(failure).__name__))
+        reason = next(filter(None, failures), None)
+        self.error = None if reason is None else f"no checkpoint of step {step}: {reason}"
+        if self.error is not None:
+            self.step = self._before  # it may be tried again
+            if self.rank == 0:
+                warnings.warn(self.error, stacklevel=2)
 
     def steps(self) -> list[int]:
         """Those of which there are checkpoints, the newest first. Waits for the one that is being written."""
         self.finish()
-        return list(self._gathered(steps_in(self.folder) if self.folder else [])[0])
+        return list(self._ranks.gathered(steps_in(self.folder) if self.folder else [])[0])
 
     def load(self, source: int | str | os.PathLike[str] | None = None) -> int:
         """Take over a checkpoint: the newest that can be read, and that fits.
@@ -170,15 +167,16 @@ class Manager:
             ValueError or RuntimeError: there are checkpoints, and none of them can be loaded. All objects are as they
                 were, unless one of them has refused its state, which the message tells.
         """
+        self.finish()
         failures: list[Exception] = []
-        if source is None or isinstance(source, int):
+        self._ranks.agree(lambda: {"what to load": str(source)})
+        if source is None or not isinstance(source, (str, os.PathLike)):
             steps = self.steps()
             if source is not None and source not in steps:
                 raise ValueError(f"{self.folder} has no checkpoint of step {source}, but of {steps or 'none'}")
             folder = self.folder or Path()
             paths = [(step, path_of(folder, step)) for step in (steps if source is None else [source])]
         else:
-            self.finish()
             paths = [(0, Path(source))]
         for step, path in paths:
             try:
@@ -194,8 +192,8 @@ class Manager:
                 self._objects.load_state_dict(state, path)  # noqa: B023
                 return {}
 
-            check_ranks_agree(self.group, apply)
-            self.step, self._ours = step, source is None or isinstance(source, int)
+            self._ranks.agree(apply)
+            self.step, self._ours = step, not isinstance(source, (str, os.PathLike))
             return step
         if failures:
             raise failures[0]
@@ -207,18 +205,15 @@ class Manager:
         Raises, on every rank:
             RuntimeError: the last one could not be written.
         """
+        if self._ranks.closed:
+            return
         self.finish()
         self._executor.shutdown()
         if self._lock is not None:
             self._lock.release()
-        if not isinstance(self.group, OneProcess):
-            # A thread of gloo may still need the interpreter's lock to free tensors, while the group waits for its
-            # threads (pytorch#56297); and one that is left when the interpreter ends aborts the process.
-            time.sleep(0.1)
-            dist.destroy_process_group(self.group)
-            del self.group
+        self._ranks.close()
         if self.error is not None:
-            raise RuntimeError(f"no checkpoint of step {self.step}: {self.error}")
+            raise RuntimeError(self.error)
 
     def __enter__(self) -> "Manager":
         return self
@@ -230,7 +225,7 @@ class Manager:
             self.close()
 
     def _open(self, folder: Path) -> None:
-        token = self._gathered(secrets.token_hex(8))[0]
+        token = self._ranks.gathered(secrets.token_hex(8))[0]
 
         def lock() -> Manifest:
             if self.rank == 0:
@@ -244,8 +239,8 @@ class Manager:
             return {}
 
         try:
-            check_ranks_agree(self.group, lock)
-            check_ranks_agree(self.group, see)
+            self._ranks.agree(lock)
+            self._ranks.agree(see)
         except BaseException:
             if self._lock is not None:
                 self._lock.release()
@@ -261,7 +256,7 @@ class Manager:
                 staged.described,
                 storage_writer=Writer(partial, self.rank),
                 planner=self._planner(staged),
-                process_group=None if isinstance(self.group, OneProcess) else self.group,
+                process_group=self._ranks.process_group,
             )
             if self.rank == 0:
                 complete(partial, path)
@@ -288,13 +283,6 @@ class Manager:
             state.update(self._objects.state_dict_for(metadata))
             return {}
 
-        check_ranks_agree(self.group, prepare)
-        load(state, checkpoint_id=path, process_group=None if isinstance(self.group, OneProcess) else self.group)
+        self._ranks.agree(prepare)
+        load(state, checkpoint_id=path, process_group=self._ranks.process_group)
         return state
-
-    def _gathered(self, value: Any) -> list[Any]:
-        """That of each rank."""
-        values = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(values, value, group=self.group)
-        return values

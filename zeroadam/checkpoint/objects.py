@@ -1,13 +1,16 @@
 """What a checkpoint holds: models, optimizers of their parameters, and whatever else has a state."""
 
 import io
+import warnings
+from collections import defaultdict
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -17,7 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from zeroadam.untrusted import load_object
+from zeroadam._compat import set_element
+from zeroadam.untrusted import UnsafeError, load_object
 
 RANDOM = "random_state"
 
@@ -52,27 +56,30 @@ class Objects:
                 if not holding:
                     raise ValueError(f"{name} holds parameters of no model that is given: give its model as well")
                 self.optimizers[name] = holding[0], obj
+        for name, model in self.models.items():
+            ignored = set(getattr(model, "parameters_to_ignore", ()))  # of DistributedDataParallel
+            if left_out := ignored & {key.removeprefix("module.") for key, _ in model.named_parameters()}:
+                raise ValueError(
+                    f"{min(left_out)} of {name} is left out by DistributedDataParallel, so each rank may have another: "
+                    "save it in per_rank, as a module of its own"
+                )
         known = self.models.keys() | self.optimizers.keys()
         self.others = {name: obj for name, obj in self.objects.items() if name not in known}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, pack: bool = True) -> dict[str, Any]:
         """Nested, by the name of each object; what each rank has of its own one level deeper.
 
         What is neither of a model nor of an optimizer is bytes that torch.save has made of its state dict, so that
-        whatever is in that comes back as it was.
+        whatever is in that comes back as it was. pack: whether to make them; ranks behind the first have no need to.
 
         Raises:
-            ValueError: such a state dict could not be loaded again without running code, or is sharded; an optimizer of
-                a kind that torch.distributed.checkpoint does not take.
+            ValueError: such a state dict could not be loaded again without running code, or is sharded.
         """
         state: dict[str, Any] = {name: get_model_state_dict(model) for name, model in self.models.items()}
-        for name, pair in self.optimizers.items():
-            try:
-                state[name] = get_optimizer_state_dict(*pair)
-            except Exception as error:  # such as LBFGS, which takes no step without a closure
-                raise ValueError(f"torch makes no state dict by name of {name}, a {_kind(pair[1])}: {error}") from error
-        state |= {name: _packed(obj, name) for name, obj in self.others.items()}
-        state |= {name: {self.mine: _packed(obj, name)} for name, obj in self.per_rank.items()}
+        state |= {name: state_by_name(*pair) for name, pair in self.optimizers.items()}
+        first = pack and self.mine == "rank 0"
+        state |= {name: _packed(obj, name) if first else b"" for name, obj in self.others.items()}
+        state |= {name: {self.mine: _packed(obj, name) if pack else b""} for name, obj in self.per_rank.items()}
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
@@ -84,13 +91,31 @@ class Objects:
         Raises:
             ValueError: the checkpoint has entries of a model that this one does not have.
         """
-        state = self.state_dict()
-        held = {tuple(place[:2]) for place in metadata.planner_data.values()}
+        state = self.state_dict(pack=False)
+        places = metadata.planner_data.items()
+        held = {tuple(place[:2]) for _, place in places}
         for name in self.of_rank:
             state[name] = {mine: value for mine, value in state[name].items() if (name, mine) in held}
-        for place in metadata.planner_data.values():
+        for _, place in places:
             if place[0] in self.models and len(place) == 2 and place[1] not in state[place[0]]:
                 raise ValueError(f"{place[1]} is in the checkpoint, and not in the {place[0]} that is given")
+        if (unknown := {str(place[0]) for _, place in places} - state.keys()) and self.mine == "rank 0":
+            warnings.warn(
+                f"{', '.join(sorted(unknown))} of the checkpoint is not loaded: it was not given", stacklevel=2
+            )
+        for name, (_, optimizer) in self.optimizers.items():
+            if _is_sharded(state[name]["state"]) or not is_plain(optimizer):
+                continue
+            state[name]["state"], own = {}, state[name]["state"]  # what the checkpoint has, as it may have less or more
+            for fqn, place in places:
+                if place[:2] == (name, "state"):
+                    described = metadata.state_dict_metadata[fqn]
+                    value = own.get(place[2], {}).get(place[3]) if len(place) == 4 else None
+                    if isinstance(described, TensorStorageMetadata):
+                        dtype = described.properties.dtype
+                        if not isinstance(value, Tensor) or value.shape != described.size or value.dtype != dtype:
+                            value = torch.empty(described.size, dtype=dtype)
+                    set_element(state, place, value)
         return state
 
     def shared(self) -> set[int]:
@@ -108,7 +133,7 @@ class Objects:
             for name, model in self.models.items():
                 set_model_state_dict(model, state[name])
             for name, pair in self.optimizers.items():  # which may make masters of the parameters
-                set_optimizer_state_dict(*pair, state[name])
+                set_state_by_name(*pair, state[name])
             for name, obj in self.others.items():
                 obj.load_state_dict(_unpacked(state[name], name))
             for name, obj in self.per_rank.items():
@@ -123,6 +148,45 @@ class Objects:
             torch.cuda.set_rng_state(random["cuda"])
 
 
+def state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """`torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`, which lets an optimizer without state step.
+
+    That would change its count of steps, or make momentum where there is none.
+    """
+    own = optimizer.state_dict()
+    if _is_sharded(own["state"]):
+        return get_optimizer_state_dict(model, optimizer)
+    names = _names(model, optimizer)
+    by_number = dict(enumerate(chain.from_iterable(names)))
+    state = {by_number[number]: entry for number, entry in own["state"].items() if number in by_number and entry}
+    groups = [{**group, "params": of_group} for group, of_group in zip(own["param_groups"], names, strict=True)]
+    return {"state": state, "param_groups": groups}
+
+
+def set_state_by_name(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """`set_optimizer_state_dict`, likewise."""
+    if not is_plain(optimizer) or _is_sharded(state["state"]):
+        set_optimizer_state_dict(model, optimizer, state)
+        return
+    numbers = {name: number for number, name in enumerate(chain.from_iterable(_names(model, optimizer)))}
+    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
+    entries = {numbers[name]: entry for name, entry in state["state"].items()}
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def is_plain(optimizer: Optimizer) -> bool:
+    """Whether no parameter is sharded, as they are by FSDP2."""
+    return not any(isinstance(param, DTensor) for group in optimizer.param_groups for param in group["params"])
+
+
+def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    """Of the parameters of each group, as torch.distributed.checkpoint has them."""
+    stand_in = torch.optim.SGD([{"params": list(group["params"])} for group in optimizer.param_groups], lr=0.0)
+    stand_in.state = defaultdict(dict, {p: {} for group in stand_in.param_groups for p in group["params"]})
+    named: Any = get_optimizer_state_dict(model, stand_in)
+    return [group["params"] for group in named["param_groups"]]
+
+
 def _kind(obj: Any) -> str:
     return type(obj).__name__
 
@@ -134,7 +198,9 @@ def _packed(obj: Any, name: str) -> bytes:
             f"{name} has DTensors in its state, of which each rank holds a part: give a model or an optimizer"
         )
     torch.save(state, stream)
-    _unpacked(stream.getvalue(), name)  # or nobody could load it again
+    stream.seek(0)
+    if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(stream):  # or nobody could load it again
+        raise UnsafeError(f"the state of {name}", unsafe[0])
     return stream.getvalue()
 
 
