@@ -385,7 +385,7 @@ def bandwidth() -> str:
 
             adam._triton_update.cache_clear()
             if warps:
-                adam._triton_update().WARPS = warps
+                adam._triton_update().WARPS = adam._triton_update().WARPS_OFF_16 = warps
             for name, cls in (("AdamW", torch.optim.AdamW), ("ours", ZeroAdamW)):
                 if name == "AdamW" and warps:
                     continue

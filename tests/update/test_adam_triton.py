@@ -216,10 +216,10 @@ from zeroadam.update.adam_triton import _kernel
 pointers = {"table": "*i64", "blocks": "*i32", "grads": "*i64", "scalars": "*fp32"}
 floats = dict.fromkeys(["beta1", "beta2", "rest1", "rest2", "eps", "weight_decay"], "fp32")
 dtypes = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
-param, moment, compute, master = sys.argv[1:]
+param, moment, compute, master, where = sys.argv[1:]
 constants = {"param_dtype": dtypes[param], "grad_dtype": dtypes[param], "moment_dtype": dtypes[moment]}
 constants |= {"compute_dtype": dtypes[compute], "master": master == "master", "remainder": master == "remainder"}
-constants |= {"amsgrad": True, "maximize": True, "decoupled": True, "aligned": True}
+constants |= {"amsgrad": True, "maximize": True, "decoupled": True, "aligned": True, "grad_aligned": where == "aligned"}
 constants |= {"hash_": 0x85EBCA6B - 2**32, "golden": 0x9E3779B9 - 2**32, "block": 2048}
 signature = {**pointers, **floats, **dict.fromkeys(constants, "constexpr")}
 places = {(_kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -230,18 +230,20 @@ print("ld.global.v4" in compiled.asm["ptx"], "ld.global.b16" in compiled.asm["pt
 """
 
 
+@pytest.mark.parametrize("where", ["aligned", "gradient-off"])
 @pytest.mark.parametrize(
     "case",
     ["fp32 fp32 fp32 none", "bf16 fp32 fp32 master", "bf16 bf16 fp32 remainder", "fp16 fp16 fp16 none"],
 )
-def test_it_compiles_for_a_gpu_and_loads_16_bytes_at_a_time(tmp_path: Path, case: str) -> None:
-    """No GPU is needed for this: Triton brings the assembler."""
+def test_it_compiles_for_a_gpu_and_loads_16_bytes_at_a_time(tmp_path: Path, case: str, where: str) -> None:
+    """No GPU is needed for this: Triton brings the assembler. A gradient off 16 bytes narrows its own loads only."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE, *case.split()]
+    command = [sys.executable, "-c", COMPILE, *case.split(), where]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True", "False"]
+    narrow = where == "gradient-off" and not case.startswith("fp32")
+    assert done.stdout.split() == ["True", str(narrow)]
 
 
 @pytest.mark.skipif(not CUDA, reason="there is no GPU")
@@ -394,3 +396,25 @@ def test_an_update_of_no_elements_is_counted_once(kernel: Any, monkeypatch: Any)
         for ((_, update),) in updates:
             update.step(GROUP)
     assert [float(piece.state["step"]) for piece in pieces] == [2.0, 6.0]
+
+
+@pytest.mark.skipif(CUDA, reason="looks at what would be launched")
+def test_a_gradient_off_16_bytes_leaves_the_other_loads_wide(kernel: Any, monkeypatch: Any) -> None:
+    """As behind a parameter of odd size in DDP's bucket, and with the bits of one that is aligned."""
+    generator = torch.Generator().manual_seed(0)
+    param, grad = torch.randn(4096, generator=generator), torch.randn(4097, generator=generator)
+    state = {"step": torch.tensor(3.0), "exp_avg": torch.randn(4096, generator=generator), "exp_avg_sq": param.square()}
+    at, off = on_device([Piece(param, grad[1:], 3, state, torch.float32)] * 2)
+    off.grad = grad[1:]
+    assert off.grad.data_ptr() % 16 != 0
+    step(kernel, [at, off], GROUP)
+    assert torch.equal(at.param, off.param)
+    assert all(torch.equal(at.state[name], off.state[name]) for name in state)
+
+    odd = on_device([Piece(param[:7], grad[:7], 1, {n: t[:7] if t.dim() else t for n, t in state.items()}, at.compute)])
+    launched = []
+    wide = {(n,): lambda *_, **given: launched.append(given) for n in range(1, 9)}
+    monkeypatch.setattr(kernel, "_kernel", wide)
+    step(kernel, [at, off, *odd], GROUP)
+    chosen = [(given["aligned"], given["grad_aligned"], given["num_warps"]) for given in launched]
+    assert chosen == [(True, True, 4), (True, False, 4), (False, False, 8)]

@@ -17,7 +17,8 @@ from zeroadam.update.piece import Piece
 from zeroadam.update.rounding import CODES, GOLDEN, HASH
 
 BLOCK = 2048
-WARPS = 4
+# Where a piece begins off 16 bytes, its narrow loads take over twice the registers: see docs/gpus.md.
+WARPS, WARPS_OFF_16 = 4, 8
 TENSORS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "remainder", "step")  # after the parameter
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 Table = tuple[Tensor, Tensor]  # the same on the host and on the device
@@ -45,7 +46,8 @@ class Launch(NamedTuple):
     """Of the kernel in one step: for pieces of the same dtypes."""
 
     pieces: list[Piece]
-    aligned: bool  # all lie at multiples of 16 bytes, so that loads may be as wide
+    aligned: bool  # all but gradients lie at multiples of 16 bytes, so that loads may be as wide
+    grad_aligned: bool  # gradients as well, which lie where DDP's bucket has them
     scalars: Tensor  # float32 [pieces, 4]
 
 
@@ -64,8 +66,8 @@ def prepare(
     launches: list[list[Launch]] = []
     for of_update in kinds:
         launches.append([])
-        for (aligned, *_), alike in of_update.items():
-            launches[-1].append(Launch(alike, aligned, rest[: len(alike)]))
+        for (aligned, grad_aligned, *_), alike in of_update.items():
+            launches[-1].append(Launch(alike, aligned, grad_aligned, rest[: len(alike)]))
             rest = rest[len(alike) :]
     return launches
 
@@ -75,9 +77,10 @@ def _kinds(pieces: Sequence[Piece]) -> dict[Any, list[Piece]]:
     kinds: dict[Any, list[Piece]] = {}
     for piece in pieces:
         dtypes = tuple(piece.state[name].dtype for name in TENSORS if name in piece.state)
-        tensors = [piece.param, piece.grad, *(tensor for name, tensor in piece.state.items() if name != "step")]
+        tensors = [piece.param, *(tensor for name, tensor in piece.state.items() if name != "step")]
         aligned = piece.param.numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-        kinds.setdefault((aligned, piece.param.dtype, piece.grad.dtype, piece.compute, dtypes), []).append(piece)
+        kind = aligned, aligned and piece.grad.data_ptr() % 16 == 0, piece.param.dtype, piece.grad.dtype, piece.compute
+        kinds.setdefault((*kind, dtypes), []).append(piece)
     return kinds
 
 
@@ -117,10 +120,11 @@ def update(launch: Launch, group: Mapping[str, Any]) -> None:
         maximize=group["maximize"],
         decoupled=group["decoupled_weight_decay"],
         aligned=launch.aligned,
+        grad_aligned=launch.grad_aligned,
         hash_=HASH,
         golden=GOLDEN,
         block=BLOCK,
-        num_warps=WARPS,
+        num_warps=WARPS if launch.aligned else WARPS_OFF_16,
         enable_fp_fusion=True,  # as in torch's fused kernel
     )
 
@@ -229,6 +233,7 @@ def _kernel(
     maximize: tl.constexpr,
     decoupled: tl.constexpr,
     aligned: tl.constexpr,
+    grad_aligned: tl.constexpr,
     hash_: tl.constexpr,
     golden: tl.constexpr,
     block: tl.constexpr,
@@ -259,7 +264,7 @@ def _kernel(
     else:
         weight = param.to(tl.float32)
 
-    grad = tl.load(_at(grads + piece, 0, grad_dtype, offsets, aligned), mask=mask).to(tl.float32)
+    grad = tl.load(_at(grads + piece, 0, grad_dtype, offsets, grad_aligned), mask=mask).to(tl.float32)
     grad = _round(tl.div_rn(grad, tl.load(row + 8).to(tl.float32)), compute_dtype).to(tl.float32)
     if maximize:
         grad = -grad
