@@ -108,3 +108,9 @@ def look_for_private_names() -> None:
     )
     for name in _compat.PRIVATE:
         assert any(hasattr(holder, name) for holder in (*holders, joinable, torch.amp.GradScaler("cpu"))), name
+
+
+def test_every_folder_is_in_the_wheel() -> None:
+    listed = re.findall(r'^    "(zeroadam[\w.]*)",$', (PACKAGE.parent / "pyproject.toml").read_text(), re.MULTILINE)
+    there = {".".join(file.relative_to(PACKAGE.parent).parts[:-1]) for file in PACKAGE.rglob("*.py")}
+    assert set(listed) == there
