@@ -4,7 +4,7 @@ The reference is one process with a plain copy of the model. It takes the gradie
 alone, adds them in float32, ranks in their order and then micro-batches in theirs, and divides by W.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,12 +14,12 @@ import torch.distributed as dist
 from master_reference import WAYS, master_of, rounded
 from placed import HOOKS, sum_over
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from zeroadam import ZeroAdamW
-from zeroadam.layout.shard import shard
 
-ADAMW: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "fused": False}
+ADAMW: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4, "fused": False}
 STEPS, MICROS = 4, 3
 
 
@@ -69,7 +69,8 @@ def reference(placement: str, case: str, hook: str, dtype: torch.dtype, way: str
     optimizer = torch.optim.AdamW(copies, **ADAMW)
     found = []
     for step in range(STEPS):
-        totals: list[Tensor | None] = [None] * len(params)
+        if case != "never" or step == 0:
+            totals: list[Tensor | None] = [None] * len(params)
         for micros in micros_of(case):
             of_ranks = []
             for rank in range(world_size):
@@ -113,11 +114,16 @@ def clears(case: str, net: nn.Module, optimizer: ZeroAdamW) -> Callable[[], None
         "module_zero": lambda: net.zero_grad(set_to_none=False),
         "by hand": by_hand,
         "data": in_place,
+        "never": lambda: None,
     }.get(case, optimizer.zero_grad)
 
 
-def train(case: str, hook: str, dtype: torch.dtype, way: str, options: dict[str, Any]) -> list[list[Tensor]]:
+def train(
+    case: str, hook: str, dtype: torch.dtype, way: str, shape: tuple[int, int] | None, options: dict[str, Any]
+) -> list[list[Tensor]]:
     net, rank = Net(dtype), dist.get_rank()
+    if shape is not None:
+        options = {**options, "device_mesh": init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))}
     optimizer = ZeroAdamW(net.parameters(), **ADAMW, **(WAYS[way] if way else {}), grad_dtype=torch.float32, **options)
     model = DistributedDataParallel(
         net, gradient_as_bucket_view=True, bucket_cap_mb=0.2, find_unused_parameters=case == "unused"
@@ -143,10 +149,17 @@ def train(case: str, hook: str, dtype: torch.dtype, way: str, options: dict[str,
     return found
 
 
-def compare(case: str, hook: str, dtype: torch.dtype, way: str, placement: str = "", options: Any = None) -> None:
-    placement = placement or "a" * dist.get_world_size()
-    expected = reference(placement, case, hook, dtype, way)
-    for step, (mine, its) in enumerate(zip(train(case, hook, dtype, way, options or {}), expected, strict=True)):
+def compare(
+    case: str,
+    hook: str,
+    dtype: torch.dtype,
+    way: str,
+    placement: str = "",
+    shape: tuple[int, int] | None = None,
+    **options: Any,
+) -> None:
+    expected = reference(placement or "a" * dist.get_world_size(), case, hook, dtype, way)
+    for step, (mine, its) in enumerate(zip(train(case, hook, dtype, way, shape, options), expected, strict=True)):
         for i, (one, other) in enumerate(zip(mine, its, strict=True)):
             assert torch.equal(one, other), (step, i)
 
@@ -156,3 +169,37 @@ def compare(case: str, hook: str, dtype: torch.dtype, way: str, placement: str =
 @pytest.mark.parametrize("hook", ["same", "bfloat16"])
 def test_bitwise_float32_adamw_fed_sums_in_float32(run_ranks: Any, hook: str, transport: str, world_size: int) -> None:
     run_ranks(compare, world_size, "plain", hook, torch.bfloat16, "master", transport=transport)
+
+
+CASES = ["no_sync", "unused", "zero", "module_none", "module_zero", "by hand", "data", "never", "skip"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bitwise_however_gradients_are_zeroed_and_accumulate(run_ranks: Any, case: str) -> None:
+    run_ranks(compare, 3, case, "same", torch.bfloat16, "master")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["", "remainder", "master"])
+def test_bitwise_with_and_without_masters(run_ranks: Any, way: str, dtype: torch.dtype) -> None:
+    """Without, Adam gets the mean gradient, rounded once."""
+    run_ranks(compare, 3, "plain", "same", dtype, way)
+
+
+@pytest.mark.parametrize("hook", ["same", "bfloat16"])
+@pytest.mark.parametrize("placement", ["aabb", "abb", "abab"])
+def test_bitwise_between_hosts(run_ranks: Any, placement: str, hook: str) -> None:
+    """In the order of the ranks of a host, then of the hosts."""
+    run_ranks(compare, len(placement), "plain", hook, torch.bfloat16, "master", placement, hosts=placement)
+
+
+@pytest.mark.parametrize("hosts", ["", "aabb", "abab"])
+@pytest.mark.parametrize("shape", [(2, 2), (2, 1), (1, 2)], ids=str)
+def test_bitwise_with_hybrid_sharding(run_ranks: Any, shape: tuple[int, int], hosts: str) -> None:
+    """In the order of the ranks of a shard group, then of the groups."""
+    groups = "".join(name * shape[1] for name in "ab"[: shape[0]])
+    world_size = shape[0] * shape[1]
+    for case in ("plain", "unused"):
+        run_ranks(
+            *(compare, world_size, case, "same", torch.bfloat16, "master", groups, shape), hosts=hosts[:world_size]
+        )
