@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from zeroadam._compat import current_graph_task_id
+from zeroadam._compat import adds_to_grad, current_graph_task_id
 from zeroadam.layout.packing import dense_strides
 from zeroadam.layout.shard import shard_index
 from zeroadam.reduce.ownership import Reduced, reduced_of
@@ -99,8 +99,13 @@ def find_sums(
         if grad.itemsize >= 4:
             break
         cut, before = shard_index(grad.shape, process_group.size(), process_group.rank()), sum_of(param)
-        known = before is not None and before.cut == cut and before.total.device == grad.device
-        sums[id(param)] = before if before is not None and known else FloatSum(grad, cut, ranks)
+        if before is None or before.cut != cut:
+            sums[id(param)] = FloatSum(grad, cut, ranks)
+        elif before.total.stride() == dense_strides(grad[cut]) and before.total.device == grad.device:
+            sums[id(param)] = before
+        else:  # as the parameter has another memory format now
+            new = sums[id(param)] = FloatSum(grad, cut, ranks)
+            vars(new).update(vars(before), total=new.total.copy_(before.total))
         if param not in _watched and param.requires_grad:
             _watched[param] = param.register_hook(partial(_before_adding, weakref.ref(param)))
     return sums
@@ -122,7 +127,9 @@ def take(param: Tensor) -> FloatSum | None:
 
 
 def _before_adding(reference: "weakref.ref[Tensor]", _: Tensor) -> None:
-    if (param := reference()) is not None:
+    param = reference()
+    one = None if param is None else sum_of(param)
+    if param is not None and one is not None and one.begun and adds_to_grad(param):
         take(param)
 
 
