@@ -1,5 +1,13 @@
-"""The pictures of `launch/train.py`. A run is what its --json writes."""
+"""The pictures of `launch/train.py`. A run is what its --json writes.
 
+    python launch/draw_training.py seeds.png RUN.json RUN.json ...
+
+draws runs of the same name, which are those with other seeds, as one line with their spread, and tells their means.
+"""
+
+import argparse
+import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +47,34 @@ def several(file: Path, runs: list[dict[str, Any]]) -> None:
     right.margins(x=0.15)
     right.set(xlabel="MiB of optimizer state per rank")
     figure.savefig(file, dpi=120)
+
+
+def seeds(file: Path, runs: list[dict[str, Any]]) -> list[str]:
+    """Held-out losses of each name: the mean over its runs, and from the least to the most; and the last as text."""
+    of_name: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        of_name.setdefault(run["name"], []).append(run)
+    figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    told = []
+    for number, (name, alike) in enumerate(of_name.items()):
+        steps = [step for step, _ in alike[0]["held_out"]]
+        losses = list(zip(*([loss for _, loss in run["held_out"]] for run in alike), strict=True))
+        half = len(steps) // 2  # as they differ little beside where they began
+        means = [statistics.mean(of_step) for of_step in losses]
+        axis.plot(steps[half:], means[half:], marker=".", color=f"C{number}", label=f"{name}: {means[-1]:.4f}")
+        least, most = [min(of_step) for of_step in losses], [max(of_step) for of_step in losses]
+        axis.fill_between(steps[half:], least[half:], most[half:], color=f"C{number}", alpha=0.15, linewidth=0)
+        last = ", ".join(f"{loss:.4f}" for loss in losses[-1])
+        told.append(f"{name}: {means[-1]:.4f} nats per byte held out, of {len(alike)} runs: {last}")
+    axis.set(xlabel="step", ylabel="loss held out, nats per byte", title=f"mean and spread of {len(runs)} runs")
+    axis.legend()
+    figure.savefig(file, dpi=120)
+    return told
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Draw runs of launch/train.py, those of one name as one line.")
+    parser.add_argument("file", type=Path, metavar="FILE.png")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN.json", help="what --json has written")
+    arguments = parser.parse_args()
+    print("\n".join(seeds(arguments.file, [json.loads(run.read_text()) for run in arguments.runs])))

@@ -44,6 +44,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=DTYPES, help="of the parameters, if not as they are, or else fp32")
     command.add_argument("--master-weights", choices=MASTERS, default="none", help="float32 copies")
     command.add_argument("--state-dtype", choices=STATE_DTYPES, default="none", help="of the moments")
+    command.add_argument(
+        "--grad-dtype", choices=["none", "float32"], default="none", help="of gradients' sums; with --hook"
+    )
     command.add_argument("--amsgrad", action="store_true")
     command.add_argument("--hook", choices=HOOKS, default="none", help="in place of DDP's all-reduce")
     command.add_argument("--backend", choices=["nccl", "gloo"], default="nccl")
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         **MASTERS[args.master_weights],
     }
     layout = {"hook": HOOKS[args.hook], "backend": args.backend, "bucket_cap_mb": args.bucket_cap_mb}
-    layout["shard_size"] = args.shard_size
+    layout["shard_size"], layout["grad_dtype"] = args.shard_size, None if args.grad_dtype == "none" else torch.float32
     plain = plan(params, 1, **state)[0]
     every = plain.parameters + plain.gradients
     rows = []
