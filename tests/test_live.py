@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from patience import at_most
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -389,19 +390,19 @@ def run_all(mode: str, examples: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("mode", MODES)
 def test_random_programs_end_as_with_torch(run_ranks: Any, mode: str, world_size: int) -> None:
-    run_ranks(run_all, world_size, mode, EXAMPLES, timeout=600 + EXAMPLES)
+    run_ranks(run_all, world_size, mode, EXAMPLES, timeout=at_most(200 + EXAMPLES))
 
 
 @pytest.mark.parametrize("transport", ["sockets", "late backend"])
 @pytest.mark.parametrize("mode", MODES)
 def test_random_programs_on_other_transports(run_ranks: Any, mode: str, transport: str) -> None:
-    run_ranks(run_all, 2, mode, EXAMPLES, timeout=600 + EXAMPLES, transport=transport)
+    run_ranks(run_all, 2, mode, EXAMPLES, timeout=at_most(200 + EXAMPLES), transport=transport)
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 4])
 def test_random_programs_on_the_code_path_of_nccl(run_ranks: Any, world_size: int) -> None:
     """Without the hook, as the backend's sums of three and more are in an order of its own."""
-    run_ranks(run_all, world_size, "plain", EXAMPLES, timeout=600 + EXAMPLES, transport="late backend")
+    run_ranks(run_all, world_size, "plain", EXAMPLES, timeout=at_most(200 + EXAMPLES), transport="late backend")
 
 
 def exchanged(hook: bool) -> None:
