@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import late_backend
@@ -27,6 +28,7 @@ from patience import at_most
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hypothesis", "pytest", "torch._dynamo", "torch.distributed.optim", "zeroadam"])
+TESTS = Path(__file__).parent
 # Ranks that are still busy this long after another has failed are ended.
 GRACE_SECONDS = at_most(2)
 
@@ -134,6 +136,12 @@ def _run_ranks(
     if report:
         pytest.fail("\n".join(report), pytrace=False)
     return [results[rank] for rank in range(world_size)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"launch", "test_frameworks.py"} & set(item.path.relative_to(TESTS).parts):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

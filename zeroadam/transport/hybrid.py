@@ -25,6 +25,7 @@ from zeroadam.transport.jobs import Job, start_thread
 from zeroadam.transport.pool import Pool
 from zeroadam.transport.shared_memory import SharedMemory
 
+RUN_BYTES = 2 * 2**20  # of this rank's rows: when so many have been added up in the shard group, they cross
 BLOCK_BYTES = 4 * 2**20  # of sums, that are added up over the replicas together
 
 Inner = Gloo | SharedMemory | Alone
@@ -98,6 +99,23 @@ class Hybrid:
         self.pool = Pool()
 
     def prepare_reduce(
+        self, exchanges: Sequence[Rows], scratch: Sequence[Sequence[Tensor]]
+    ) -> Callable[[], Callable[[], list[Tensor]]]:
+        # A few MB after the other, so that the first cross while the next are added up in the shard group.
+        starts, first, nbytes = [], 0, 0
+        for index, rows in enumerate(exchanges, start=1):
+            nbytes += max(rows.numels) * rows.memory.itemsize
+            if nbytes >= RUN_BYTES or index == len(exchanges):
+                starts.append(self._prepare_run(exchanges[first:index], scratch[first:index]))
+                first, nbytes = index, 0
+
+        def start() -> Callable[[], list[Tensor]]:
+            finishes = [start() for start in starts]
+            return lambda: [row for finish in finishes for row in finish()]
+
+        return start
+
+    def _prepare_run(
         self, exchanges: Sequence[Rows], scratch: Sequence[Sequence[Tensor]]
     ) -> Callable[[], Callable[[], list[Tensor]]]:
         reduce = self.shards.prepare_reduce(exchanges, scratch)
