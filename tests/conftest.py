@@ -25,7 +25,9 @@ import torch.distributed as dist
 from hosts import Hosts
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hypothesis", "pytest", "torch._dynamo", "torch.distributed.optim", "zeroadam"])
+CONTEXT.set_forkserver_preload(
+    ["hypothesis", "pytest", "torch._dynamo", "torch.distributed.optim", "zeroadam.plain_file"]
+)
 # Ranks that are still busy this long after another has failed are ended.
 GRACE_SECONDS = 5
 

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
 
+from zeroadam._compat import disable_dynamo
 from zeroadam.gather.gathers import Gathers
 from zeroadam.gather.in_forward import warn_of_buffers, watch
 from zeroadam.options import Options
@@ -201,7 +202,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient. A collective of the process group.

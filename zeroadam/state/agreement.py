@@ -10,10 +10,10 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from zeroadam.layout.places import overlapping
+from zeroadam.state.dtensor import is_dtensor
 from zeroadam.transport.alone import OneProcess
 from zeroadam.transport.calls import digest_of, name_ranks
 
@@ -53,7 +53,7 @@ def check_supported(group: dict[str, Any], index: int) -> None:
             raise ValueError(f"{name} is on the meta device: build the optimizer after model.to_empty(device=...)")
         if param.layout != torch.strided:
             raise ValueError(f"{name} is sparse ({param.layout}), which Adam does not support: hold a dense one")
-        if isinstance(param, DTensor):
+        if is_dtensor(param):
             raise ValueError(f"{name} is a DTensor, so torch.optim.Adam shards its state already")
         if param.is_complex():
             raise ValueError(f"{name} is complex, which is not supported: hold torch.view_as_real() of it instead")
