@@ -39,6 +39,8 @@ def imports_of(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "zeroadam":
             for alias in node.names:
+                if alias.name == "__version__":  # is there before all else
+                    continue
                 inside = f"{node.module}.{alias.name}".removeprefix("zeroadam.")
                 yield inside if inside in MODULES else (node.module or "").removeprefix("zeroadam.")
         elif isinstance(node, ast.Import):

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 # Each takes as long to import as torch itself or half of that, and torch does not import it.
 HEAVY = {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint", "sympy", "triton", "bitsandbytes"}
 
@@ -22,6 +24,16 @@ def test_all_that_is_public_brings_torch_and_little_else() -> None:
 
 def test_the_package_alone_brings_no_torch() -> None:
     assert "torch" not in modules_after("import zeroadam\nzeroadam.__version__")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in ("plan", "export", "inspect"))]
+)
+def test_help_brings_no_torch(arguments: list[str]) -> None:
+    script = (
+        f"sys.argv = {['zeroadam', *arguments]}\nimport zeroadam.cli\ntry: zeroadam.cli.main()\nexcept SystemExit: pass"
+    )
+    assert not {"torch", "numpy", "rich"} & modules_after(script)
 
 
 def test_what_is_public_is_there_and_nothing_else() -> None:

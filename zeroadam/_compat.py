@@ -1,6 +1,8 @@
 """Every private name of torch that is used here, each with why. A test asks whether all of them are there."""
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -30,6 +32,16 @@ def set_element(root: dict[str, Any], place: Any, value: Any) -> None:
     from torch.distributed.checkpoint import _nested_dict
 
     _nested_dict.set_element(root, place, value)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes an accelerator the current one for a while."""
+    if hasattr(torch.accelerator, "device_index"):
+        return torch.accelerator.device_index(device.index)
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    manager: AbstractContextManager[Any] = torch.get_device_module(device).device(device.index)  # in older torch
+    return manager
 
 
 def timeout_of(process_group: dist.ProcessGroup, device_type: str) -> float:
