@@ -27,7 +27,12 @@ from hosts import Hosts
 from patience import at_most
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hypothesis", "pytest", "torch._dynamo", "torch.distributed.optim", "zeroadam"])
+CONTEXT.set_forkserver_preload(
+    [
+        *("hypothesis", "pytest", "torch._dynamo", "torch.distributed.optim", "torch.distributed.tensor"),
+        *("torch.distributed.checkpoint.state_dict", "zeroadam.checkpoint", "zeroadam.plain_file"),
+    ]
+)
 TESTS = Path(__file__).parent
 # Ranks that are still busy this long after another has failed are ended.
 GRACE_SECONDS = at_most(2)

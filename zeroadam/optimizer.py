@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
 
+from zeroadam._compat import disable_dynamo
 from zeroadam.gather.gathers import Gathers
 from zeroadam.gather.in_forward import warn_of_buffers, watch
 from zeroadam.options import Options
@@ -29,6 +30,7 @@ from zeroadam.reduce.ownership import accept_zeroing, forget_old, register
 from zeroadam.report import Meter, StepReport
 from zeroadam.state.agreement import (
     Manifest,
+    check_process_group,
     check_rank,
     check_ranks_agree,
     check_supported,
@@ -107,8 +109,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         RuntimeError: ranks that disagree on parameters or hyper-parameters; several processes and no process group.
         ValueError: no parameters, complex or already sharded ones, `differentiable=True`; what torch's Adam refuses;
             another `master_dtype` or `state_dtype`, or remainders without the first; 8-bit moments for another W than
-            1 to 8, 16, 32 or 64 that would cut blocks, or without bitsandbytes; a `device_mesh` that is not [R, S] of
-            all ranks, or not over gloo.
+            1 to 8, 16, 32 or 64 that would cut blocks, or without bitsandbytes; a `bucket_cap_mb` that is not positive;
+            a `process_group` that is none; a `device_mesh` that is not [R, S] of all ranks, or not over gloo.
     """
 
     def __init__(
@@ -151,7 +153,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._storage = Storage(self.process_group, options, device_mesh)
 
         def build() -> Manifest:
+            check_process_group(process_group)
             options.check()
+            options.check_installed()
             super(ZeroAdam, self).__init__(
                 params,
                 lr,
@@ -201,7 +205,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient. A collective of the process group.
