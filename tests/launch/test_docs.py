@@ -14,6 +14,7 @@ import torch
 from commands import ROOT, output_of
 
 import zeroadam
+import zeroadam.checkpoint
 
 PAGES = {
     str(file.relative_to(ROOT)): file.read_text()
