@@ -266,7 +266,7 @@ def main() -> None:
         title = title_of(numel, f"{args.steps} steps; ratios to {REFERENCE}")
         show(rows, title, args)
         if args.plot:
-            from draw_benchmark import bars
+            from draw_benchmark import bars, written
 
             bars(args.plot, [(title, rows), *map(written, args.compare)])
     leave()
@@ -276,12 +276,6 @@ def leave() -> None:
     dist.barrier()
     time.sleep(0.2)  # see launch/train.py
     dist.destroy_process_group()
-
-
-def written(file: Path) -> tuple[str, list[dict[str, Any]]]:
-    """The title and the rows that --json has written to a file."""
-    run = json.loads(file.read_text())
-    return run["title"], run["rows"]
 
 
 def title_of(numel: int, what: str) -> str:

@@ -1,5 +1,10 @@
-"""The pictures of `launch/benchmark.py`."""
+"""The pictures of `launch/benchmark.py`; of what its --json has written, they are drawn again by
 
+python launch/draw_benchmark.py docs/benchmark.png docs/measured/benchmark-71.2M.json docs/measured/benchmark-10.8M.json
+"""
+
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +59,12 @@ def bars(file: Path, runs: list[tuple[str, list[dict[str, Any]]]]) -> None:
     pyplot.close(figure)
 
 
+def written(file: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The title and the rows that --json has written to a file."""
+    run = json.loads(file.read_text())
+    return run["title"], run["rows"]
+
+
 def _parts(figure: Any, heights: list[float]) -> list[Any]:
     return list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
 
@@ -84,3 +95,8 @@ def growth(file: Path, rows: list[dict[str, Any]]) -> None:
         axis.legend()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    picture, *files = map(Path, sys.argv[1:])
+    bars(picture, [written(file) for file in files])

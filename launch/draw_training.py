@@ -1,6 +1,11 @@
-"""The pictures of `launch/train.py`. A run is what its --json writes. Losses in nats per byte, sizes in MB."""
+"""The pictures of `launch/train.py`. A run is what its --json writes. Losses in nats per byte, sizes in MB.
 
+python launch/draw_training.py docs/precision.png docs/measured/precision-*.json
+"""
+
+import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +78,9 @@ def _band(axis: Axes, steps: list[int], curves: list[list[float]], color: str) -
     at = list(zip(*curves, strict=True))
     axis.plot(steps, [statistics.mean(values) for values in at], color=color, marker=".")
     axis.fill_between(steps, [min(values) for values in at], [max(values) for values in at], color=color, alpha=0.15)
+
+
+if __name__ == "__main__":
+    picture, *files = map(Path, sys.argv[1:])
+    runs_on_file = [json.loads(file.read_text()) for file in files]
+    several(picture, sorted(runs_on_file, key=lambda run: run["name"] != "zeroadam, float32"))
