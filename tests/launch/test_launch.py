@@ -1,7 +1,6 @@
 """The training run and the README's code, started as a user starts them: by torchrun."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, SMALL, TORCHRUN, environment, output_of, torchrun
+from commands import ROOT, SMALL, TORCHRUN, environment, torchrun
 from hosts import can_make_hosts
 from patience import at_most
 
@@ -113,18 +112,6 @@ def test_ctrl_c_ends_it_with_one_message(tmp_path: Path) -> None:
     text = log.read_text()
     assert text.count("interrupted") == 1, text
     assert 'launch/train.py", line' not in text, text
-
-
-PAGES = ("README.md", "docs/checkpoints.md", "docs/hosts.md")  # those in docs/frameworks.md have tests of their own
-SCRIPTS = [s for page in PAGES for s in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)]
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=range(len(SCRIPTS)))
-def test_the_scripts_on_the_pages_run(script: str, tmp_path: Path) -> None:
-    for framework in ("accelerate", "lightning"):
-        if f"import {framework}" in script or f"from {framework}" in script:
-            pytest.importorskip(framework)
-    output_of(script, tmp_path)
 
 
 TINY = ["--width", "64", "--layers", "1", "--context", "16", "--warmup", "1"]

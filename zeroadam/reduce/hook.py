@@ -50,8 +50,9 @@ def reduce_scatter_hook(optimizer: Owner | None, bucket: dist.GradBucket) -> tor
     are the sum over the ranks, on gloo taken in rank order and float32, and the rest zero. 0-d: the mean. On several
     hosts with several ranks that is host by host, see `zeroadam.transport.two_level`.
 
-    Raises, from `backward()`:
-        RuntimeError: `gradient_as_bucket_view=False`, a parameter of no such optimizer, or `model.join()` without it.
+    Raises:
+        RuntimeError: from `backward()`: `gradient_as_bucket_view=False`, a parameter of no such optimizer, or
+            `model.join()` without it.
     """
     return _reduce(optimizer, bucket, None)
 
