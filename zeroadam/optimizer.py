@@ -262,7 +262,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         if self._storage.ranks > 1:
             self._plan.counts.count(self._plan.with_gradients)
         self._meter.end_step(self._plan.imbalance, sum(one.total.nbytes for _, one in self._plan.notes.sums.values()))
-        self._plan.release_gradients()
+        self._plan.end_step()
         return loss
 
     def _begin(self, call: int, describe: Callable[[], str] = lambda: "step()") -> None:
