@@ -1,14 +1,14 @@
 """Every private name of torch that is used here, each with why. A test asks whether all of them are there."""
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict as flatten_state_dict  # as torch's planners
-from torch.distributed.checkpoint._nested_dict import set_element as set_element  # use both
 
 # The number of the backward that is running, -1 outside of one. A hook has to tell one backward from the next, and
 # forward hooks the forward from its repetition by activation checkpointing. There is no public way to ask.
@@ -16,6 +16,34 @@ current_graph_task_id = torch._C._current_graph_task_id
 
 # Calls a function at the end of the backward that is running. DDP and FSDP do the same.
 queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+
+# Keeps a function out of torch.compile's graphs as torch.compiler.disable does, which imports torch._dynamo at once:
+# as long as all of zeroadam and torch take together. torch's own optimizers use this one.
+disable_dynamo = torch._disable_dynamo
+
+
+def flatten_state_dict(state_dict: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(entries by name, where each of them was), as torch's planners have them."""
+    from torch.distributed.checkpoint import _nested_dict  # late, as it takes long
+
+    return _nested_dict.flatten_state_dict(state_dict)
+
+
+def set_element(root: dict[str, Any], place: Any, value: Any) -> None:
+    """Put a value where `flatten_state_dict` has found it."""
+    from torch.distributed.checkpoint import _nested_dict
+
+    _nested_dict.set_element(root, place, value)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes an accelerator the current one for a while."""
+    if hasattr(torch.accelerator, "device_index"):
+        return torch.accelerator.device_index(device.index)
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    manager: AbstractContextManager[Any] = torch.get_device_module(device).device(device.index)  # in older torch
+    return manager
 
 
 def adds_to_grad(param: Tensor) -> bool:
@@ -57,6 +85,7 @@ PRIVATE = {
     "_will_engine_execute_node": "see above",
     "_execution_engine": "see above",
     "_coalescing_manager": "see above",
+    "_disable_dynamo": "see above",
     "_get_backend": "see above",
     "_timeout": "see above",
     "_amp_foreach_non_finite_check_and_unscale_": "of GradScaler, for sums of gradients that it does not see",

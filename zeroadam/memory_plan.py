@@ -66,7 +66,7 @@ def plan(
     Args:
         params: parameters or param groups, [d0, ...] each; on the meta device they need no memory. Those that require
             no gradient are held and not trained.
-        shard_size: the ranks over which the state is cut, if not all: S of the `device_mesh` [R, S].
+        shard_size: the ranks over which the state is sharded, if not all: S of the `device_mesh` [R, S].
         hook: the one that DistributedDataParallel is to have; None for its all-reduce.
         backend: nccl or gloo, which can send rows of unequal length.
 
@@ -84,6 +84,7 @@ def plan(
     every = [param for group in groups for param in group]
     trained = [param for param in every if param.requires_grad]
     options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype, grad_dtype=grad_dtype)
+    options.check()
     options.check_blocks(trained, shards)
     layouts = [
         (name in MASTERS, layout(param, name, precision))

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
 
+from zeroadam._compat import disable_dynamo
 from zeroadam.gather.gathers import Gathers
 from zeroadam.gather.in_forward import warn_of_buffers, watch
 from zeroadam.options import Options
@@ -29,6 +30,7 @@ from zeroadam.reduce.ownership import accept_zeroing, forget_old, register
 from zeroadam.report import Meter, StepReport
 from zeroadam.state.agreement import (
     Manifest,
+    check_process_group,
     check_rank,
     check_ranks_agree,
     check_supported,
@@ -66,7 +68,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     """`torch.optim.Adam` that shards its state over W ranks, 1/W on each: ZeRO stage 1 (arXiv:1910.02054).
 
     Every rank has all parameters p [d0, ...] and their averaged gradients, from DistributedDataParallel or otherwise,
-    and owns a piece [c, ...] of each, c = ceil(d0 / W) (see `zeroadam.shard`). A step is
+    and owns a piece [c, ...] of each, c = ceil(d0 / W) (see `zeroadam.layout.shard`). A step is
 
         update      exp_avg, exp_avg_sq, p   [c, ...]                 this rank's piece, by torch's own Adam
         all_gather  p                        [c, ...] -> [d0, ...]    the same parameters on every rank again
@@ -75,21 +77,26 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     parameter's own shape, of which [c, ...] is on this rank, and p's `step` count.
 
     The numbers are those of `torch.optim.Adam`, bit for bit with `fused=False`. Where torch's own kernels round the
-    last few elements of a run of memory unlike the rest, a cut moves that place: in fused ones, and in those for
+    last few elements of a run of memory unlike the rest, sharding moves that place: in fused ones, and in those for
     coupled weight decay on bfloat16 and float16.
 
     The arguments are those of `torch.optim.Adam`, but `fused` is the default wherever torch has such a kernel, and
-    params may be a model, for its `named_parameters()`. Further
-        process_group: the ranks over which the state is cut, all of them by default. As in DistributedDataParallel.
+    params may be a model, for its `named_parameters()`.
+
+    Building the optimizer and `add_param_group` are collectives of the process group. Parameters may have other values
+    on other ranks until DistributedDataParallel makes them equal, before the first step.
+
+    Args:
+        process_group: the ranks over which the state is sharded, all by default. As in DistributedDataParallel.
             Without torchrun and `init_process_group()` there is one rank, and the state is that of torch's Adam.
         bucket_cap_mb: megabytes (2^20 bytes) of parameters that are updated and gathered together. The memory
             for packing small parameters is at most three times this, or three times the largest of them.
         master_dtype: torch.float32 for Adam to run on a float32 copy of bfloat16 and float16 parameters, which get the
-            rounded result; see `zeroadam.master`. None, the default, for the numbers of torch's Adam on the same model.
+            rounded result. None, the default, for the numbers of torch's Adam on the same model.
         store_param_remainders: store of the copies of bfloat16 parameters only the 16 bits that these do not hold.
         state_dtype: torch.bfloat16 for moments in bfloat16, rounded stochastically; torch.uint8 for moments in 8 bits,
-            wherever a parameter has rows of whole blocks, by bitsandbytes. Adam runs in float32 then; see
-            `zeroadam.precision`. None, the default, for moments in the dtype in which Adam runs.
+            wherever a parameter has rows of whole blocks, by bitsandbytes. Adam runs in float32 then. None, the
+            default, for moments in the dtype in which Adam runs.
         ordered_sums: for `reduce_scatter_hook` to add gradients up in rank order and in float32 also on NCCL, whose own
             order depends on W and where bfloat16 is rounded at every hop. On gloo it does so anyway, but for sums of
             bfloat16 and float16 of hosts with several ranks, which are rounded when they go to other hosts: with this
@@ -100,19 +107,19 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             the sum rounded. It needs `reduce_scatter_hook` or `bf16_reduce_scatter_hook`, and implies `ordered_sums`.
             What accumulates in `no_sync()` does so in its own dtype. None, the default, for sums in that dtype.
         device_mesh: [R, S], as `init_device_mesh("cpu", (R, S), mesh_dim_names=("replicate", "shard"))`, of all ranks:
-            the state is cut over S of them, `process_group` is these, and R such groups hold the same, as in FSDP2's
+            state is sharded over S of them, `process_group` is these, and R such groups hold the same, as in FSDP2's
             hybrid sharding. With the hook each rank's piece of the sum is all-reduced between the groups in backward,
             and a gather stays within S ranks. DistributedDataParallel is on all ranks. On CPUs over gloo; no `Join`.
         hook: what to register as communication hook where params is a DistributedDataParallel model; None for nothing.
             Its `gradient_as_bucket_view` must be set, or a warning says that there is no hook.
 
-    Building the optimizer and `add_param_group` are collectives of the process group. Parameters may have other values
-    on other ranks until DistributedDataParallel makes them equal, before the first step. Both raise on every rank:
+    Raises:
         RuntimeError: ranks that disagree on parameters or hyper-parameters; several processes and no process group.
         ValueError: no parameters, complex or already sharded ones, `differentiable=True`; what torch's Adam refuses;
             another `master_dtype`, `state_dtype` or `grad_dtype`, or remainders without the first; 8-bit moments for
-            another W than 1 to 8, 16, 32 or 64 that would cut blocks, or without bitsandbytes; a `device_mesh` that is
-            not [R, S] of all ranks, or not over gloo.
+            another W than 1 to 8, 16, 32 or 64 that would cut blocks, or without bitsandbytes; a `bucket_cap_mb` that
+            is not positive; a `process_group` that is none; a `device_mesh` that is not [R, S] of all ranks, or not
+            over gloo.
     """
 
     def __init__(
@@ -157,7 +164,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._storage = Storage(self.process_group, options, device_mesh)
 
         def build() -> Manifest:
+            check_process_group(process_group)
             options.check()
+            options.check_installed()
             super(ZeroAdam, self).__init__(
                 params,
                 lr,
@@ -208,7 +217,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient. A collective of the process group.
@@ -253,7 +262,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         if self._storage.ranks > 1:
             self._plan.counts.count(self._plan.with_gradients)
         self._meter.end_step(self._plan.imbalance, sum(one.total.nbytes for _, one in self._plan.notes.sums.values()))
-        self._plan.release_gradients()
+        self._plan.end_step()
         return loss
 
     def _begin(self, call: int, describe: Callable[[], str] = lambda: "step()") -> None:
@@ -585,7 +594,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
 
 class ZeroAdamW(ZeroAdam):
-    """`torch.optim.AdamW` that shards its state over W ranks, 1/W on each. All else is as in `ZeroAdam`."""
+    """`torch.optim.AdamW` that shards its state over W ranks, 1/W on each. All else is as in `ZeroAdam`, below."""
 
     def __init__(
         self,

@@ -80,6 +80,7 @@ class StepPlan:
         self._state_seen: Any = None
         self._grads_seen: Any = None
         self._grad_places: Any = None  # of the last gradients
+        self._last_places: Any = None  # of those of the last step
         self._grad_moves = 0  # how often they were elsewhere after they had been remembered
         self.with_gradients: list[int] = []  # the positions of parameters that have some
         # The updates of the last few kinds of gradients: which parameters had some, of which dtypes, strides, divisors.
@@ -242,14 +243,19 @@ class StepPlan:
         self._release_updates(kinds)
         known = [sums.get(position, grad) for position, grad in enumerate(some)] if sums else some
         self.gradients = Gradients(params, known, pieces, divisors, self.rank)
-        # Gradients in DDP's buckets are remembered: all that the hook has summed; without it views that are found in
-        # the same places twice, unless they keep moving, as DDP's do once. Others the user may want to free.
-        if all_reduced or all(grad._base is not None for grad in some):
-            places = places_of(some)
+        # Gradients in DDP's buckets are remembered where two steps find them in the same places, from the third on,
+        # as DDP lays its buckets out anew after the first. Without the hook they may be other views, which keep moving.
+        # All others the user, or DDP, may want to free.
+        places = places_of(some) if all_reduced or all(grad._base is not None for grad in some) else None
+        if places is not None:
             self._grad_moves += not (all_reduced or before is None or before[1] == places)
-            if all_reduced or (self._grad_moves <= 2 and places == self._grad_places):
+            if places == self._last_places and (all_reduced or self._grad_moves <= 2):
                 self._grads_seen = (list(grads), places, changes())
-            self._grad_places = places
+        self._grad_places = places
+
+    def end_step(self) -> None:
+        self._last_places = self._grad_places
+        self.release_gradients()
 
     def release_gradients(self) -> None:
         """Let go of gradients that the user may want to free before the next step."""

@@ -30,6 +30,7 @@ from zeroadam.reduce.grad_bucket import GradBucket
 from zeroadam.reduce.join import SumsInJoin, in_join
 from zeroadam.reduce.means import Means
 from zeroadam.reduce.ownership import Owner, Reduced, held_params, owners_of, reduced_of
+from zeroadam.reduce.side_stream import SideStreams
 from zeroadam.report import Meter
 from zeroadam.transport import Transport, Transports
 from zeroadam.transport.calls import BACKWARD
@@ -49,8 +50,9 @@ def reduce_scatter_hook(optimizer: Owner | None, bucket: dist.GradBucket) -> tor
     are the sum over the ranks, on gloo taken in rank order and float32, and the rest zero. 0-d: the mean. On several
     hosts with several ranks that is host by host, see `zeroadam.transport.two_level`.
 
-    Raises, from `backward()`:
-        RuntimeError: `gradient_as_bucket_view=False`, a parameter of no such optimizer, or `model.join()` without it.
+    Raises:
+        RuntimeError: from `backward()`: `gradient_as_bucket_view=False`, a parameter of no such optimizer, or
+            `model.join()` without it.
     """
     return _reduce(optimizer, bucket, None)
 
@@ -89,6 +91,7 @@ class Reduction:
         self.seen: set[int] = set()
         self.started = 0  # staged parts in this backward; by which memory is chosen, alike on all ranks
         self.memory: dict[tuple[torch.device, int], Tensor] = {}
+        self.streams = SideStreams()
         self.sums_in_join, self.means = SumsInJoin(self._fail), Means(process_group)
         # In `Join`, what a rank without inputs gets for its pieces: DDP does not put it into p.grad there.
         self.joined: list[tuple[Tensor, Tensor]] = []
@@ -122,7 +125,7 @@ class Reduction:
                 "model.join() leaves out the optimizer, to which ranks without inputs must contribute as well: "
                 "use torch.distributed.algorithms.Join([model, optimizer])"
             )
-        with self._ends_together():
+        with self._ends_together(), self.streams.beside(bucket.buffer().device):
             for part in parts:
                 while part.staged and sum(other.staged for other in self.under_way) == STAGING_SLOTS:
                     self._finish_first()
@@ -141,7 +144,9 @@ class Reduction:
         """Finish all that is under way, and remember what the gradients are now."""
         with self._ends_together():
             while self.under_way:
-                self._finish_first()
+                with self.streams.beside(self.under_way[0].grads[0].device):
+                    self._finish_first()
+            self.streams.join()
         for part in self.finished:
             part.remember()
             self.sums_in_join.note(part.params)
