@@ -8,8 +8,8 @@
     OMP_NUM_THREADS=1 python launch/benchmark.py --launches gpt2-124m llama-3-8b --world-size 8 64
 
 The implementations take turns, step by step, so that whatever else the machine is doing meets all of them alike. Each
-step of each is compared with the step of DDP + fused AdamW in the same round. How much memory each needs is found
-before, one after the other, in processes of their own.
+step of each is compared with the step of DDP + fused AdamW, or of --reference, in the same round. How much memory each
+needs is found before, one after the other, in processes of their own.
 """
 
 import argparse
@@ -171,7 +171,10 @@ def main() -> None:
         choices=names,
         default=names,
         metavar="NAME",
-        help=f"besides {REFERENCE}: {'; '.join(names[1:])}",
+        help=f"besides the reference: {'; '.join(names)}",
+    )
+    parser.add_argument(
+        "--reference", choices=installed(), default=REFERENCE, metavar="NAME", help="ratios are to this"
     )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="time saving and loading instead, in this folder"
@@ -251,7 +254,7 @@ def main() -> None:
             print(json.dumps(found))
         leave()
         return
-    names = [REFERENCE, *(name for name in args.only if name != REFERENCE)]
+    names = [args.reference, *(name for name in args.only if name != args.reference)]
     peaks = peaks_of([name for name in names if name not in LIMITS], args)
     numel = numel_of(args.width, args.layers, args.context)
     implementations = [
@@ -263,7 +266,7 @@ def main() -> None:
             implementation.step(tokens)
     rows = results(implementations, peaks, args, device)
     if dist.get_rank() == 0:
-        title = title_of(numel, f"{args.steps} steps; ratios to {REFERENCE}")
+        title = title_of(numel, f"{args.steps} steps; ratios to {args.reference}")
         show(rows, title, args)
         if args.plot:
             from draw_benchmark import bars, written

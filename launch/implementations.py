@@ -58,14 +58,21 @@ def zero_redundancy(gpt: nn.Module, view: bool) -> tuple[nn.Module, Any]:
     return model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **options)
 
 
-def zeroadam(gpt: nn.Module, hook: Callable[..., Any] | None, gather_in_forward: bool = False) -> tuple[nn.Module, Any]:
+def zeroadam(
+    gpt: nn.Module, hook: Callable[..., Any] | None, gather_in_forward: bool = False, **options: Any
+) -> tuple[nn.Module, Any]:
     model = ddp(gpt)
-    optimizer = ZeroAdamW(model.parameters(), **OPTIONS)
+    optimizer = ZeroAdamW(model.parameters(), **OPTIONS, **options)
     if hook is not None:
         model.register_comm_hook(optimizer, hook)
     if gather_in_forward:
         optimizer.gather_in_forward(model)
     return model, optimizer
+
+
+def low_precision(gpt: nn.Module, **options: Any) -> tuple[nn.Module, Any]:
+    """In bfloat16 with float32 copies."""
+    return zeroadam(gpt.bfloat16(), reduce_scatter_hook, master_dtype=torch.float32, **options)
 
 
 def hybrid(gpt: nn.Module, hook: Callable[..., Any]) -> tuple[nn.Module, Any]:
@@ -145,6 +152,8 @@ IMPLEMENTATIONS: dict[str, Callable[[nn.Module], tuple[nn.Module, Any]]] = {
     "zeroadam + bf16 hook": lambda gpt: zeroadam(gpt, bf16_reduce_scatter_hook),
     "zeroadam + hook, gather in forward": lambda gpt: zeroadam(gpt, reduce_scatter_hook, True),
     "zeroadam + bf16 hook, gather in forward": lambda gpt: zeroadam(gpt, bf16_reduce_scatter_hook, True),
+    "zeroadam + hook, bfloat16": low_precision,
+    "zeroadam + hook, bfloat16, float32 sums": lambda gpt: low_precision(gpt, grad_dtype=torch.float32),
     "zeroadam, hybrid": lambda gpt: hybrid(gpt, reduce_scatter_hook),
     "zeroadam, hybrid, bf16 hook": lambda gpt: hybrid(gpt, bf16_reduce_scatter_hook),
     "fsdp1, SHARD_GRAD_OP": fsdp1,

@@ -158,6 +158,8 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> Any:  # an op
         return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **options)
     if args.master_weights != "none":
         options |= {"master_dtype": torch.float32, "store_param_remainders": args.master_weights == "remainder"}
+    if args.grad_dtype != "none":
+        options["grad_dtype"] = torch.float32
     return ZeroAdamW(groups, **options, state_dtype=STATE_DTYPES[args.state_dtype])
 
 
@@ -196,6 +198,12 @@ def parse_arguments() -> argparse.Namespace:
         choices=STATE_DTYPES,
         default="none",
         help="in what zeroadam keeps moments, if not as it computes",
+    )
+    add(
+        "--grad-dtype",
+        choices=["none", "float32"],
+        default="none",
+        help="in what zeroadam sums bfloat16 gradients, if not in bfloat16; every backward is reduced then",
     )
     add("--data", type=Path, default=Path(sysconfig.get_path("stdlib")), metavar="PATH", help="a text file or a folder")
     add("--steps", type=int, default=200)
@@ -245,9 +253,11 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.width % args.heads:
         parser.error(f"--width {args.width} is not a multiple of --heads {args.heads}")
-    for name in ("hook", "master_weights", "state_dtype"):
+    for name in ("hook", "master_weights", "state_dtype", "grad_dtype"):
         if (value := getattr(args, name)) != "none" and args.optimizer != "zeroadam":
             parser.error(f"--{name.replace('_', '-')} {value} works with --optimizer zeroadam only")
+    if args.grad_dtype != "none" and args.hook == "none":
+        parser.error("--grad-dtype float32 works with --hook reduce_scatter or bf16_reduce_scatter only")
     if args.gather_in_forward and args.optimizer != "zeroadam":
         parser.error("--gather-in-forward works with --optimizer zeroadam only")
     if args.optimizer == "zero_redundancy" and (args.checkpoint_dir or args.resume not in ("newest", "none")):
@@ -277,7 +287,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def name_of(args: argparse.Namespace) -> str:
     """What this run trains with, as plots call it."""
-    given = {"master": args.master_weights, "state": args.state_dtype}
+    given = {"master": args.master_weights, "state": args.state_dtype, "gradients": args.grad_dtype}
     return ", ".join(
         [args.optimizer, args.dtype, *(f"{key} {value}" for key, value in given.items() if value != "none")]
     )
@@ -368,7 +378,8 @@ def train(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         loss = torch.zeros((), device=device)
         for micro in range(args.grad_accum):
-            with nullcontext() if micro == args.grad_accum - 1 else model.no_sync():
+            reduced = args.grad_dtype != "none" or micro == args.grad_accum - 1
+            with nullcontext() if reduced else model.no_sync():
                 first = done.sequences + (micro * world_size + RANK) * args.batch_size
                 numbers = range(first, first + args.batch_size)
                 part = loss_of(model, batch(train_text, numbers, args.context, args.seed, device)) / args.grad_accum

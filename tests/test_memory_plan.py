@@ -193,6 +193,37 @@ def test_hybrid_sharding() -> None:
         plan(params, 2, bucket_cap_mb=0)
 
 
+def sums(dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of all tensors after a step with float32 sums of gradients over those without, and as planned."""
+    held, planned = [], []
+    for options in ({}, {"grad_dtype": torch.float32}):
+        before = live_bytes()
+        model = gpt(dtype)
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        optimizer = ZeroAdamW(wrapped, master_dtype=torch.float32, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for _ in range(2):
+                wrapped(torch.zeros(1, 32, dtype=torch.long)).sum().backward()
+            optimizer.step()
+        held.append(live_bytes() - before)
+        given = {"master_dtype": torch.float32, "hook": reduce_scatter_hook, "backend": "gloo", **options}
+        ranks = plan(model.parameters(), dist.get_world_size(), **given)
+        planned.append(ranks[dist.get_rank()].gradients)
+        assert planned[0] == sum(param.grad.nbytes for param in model.parameters() if param.grad is not None)
+        del model, wrapped, optimizer
+    return held[1] - held[0], planned[1] - planned[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world_size", [2, 4])  # at W = 1 less scratch memory is needed, as nothing is cast
+def test_sums_of_gradients_are_planned(run_ranks: Any, world_size: int, dtype: torch.dtype) -> None:
+    """4/W bytes per parameter in bfloat16, whatever the number of backwards; float32 gradients hold their own."""
+    for held, planned in run_ranks(sums, world_size, dtype):
+        assert held == planned
+        assert (planned > 0) == (dtype == torch.bfloat16)
+
+
 def zeroadam_plan(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run([COMMAND, "plan", *arguments], capture_output=True, text=True, timeout=at_most(30), cwd=cwd)
 
@@ -220,6 +251,10 @@ def test_command(tmp_path: Path) -> None:
         assert [RankBytes(**rank) for rank in found["world_sizes"]["2"]["ranks"]] == expected
         assert found["world_sizes"]["4"]["adamw"] == 5 * found["parameters"] * 4 + 2 * 4
         assert (tmp_path / "plan.png").stat().st_size > 10_000
+    arguments = ["--params", "1e6", "--dtype", "bf16", "--hook", "reduce_scatter", "--json", "--world-size", "4"]
+    for more, each in (([], 2), (["--grad-dtype", "float32"], 2 + 4 / 4)):
+        done = zeroadam_plan(*arguments, *more)
+        assert [rank["gradients"] for rank in json.loads(done.stdout)["world_sizes"]["4"]["ranks"]] == [each * 1e6] * 4
     done = zeroadam_plan("--params", "7e9", "--dtype", "bf16", "--hbm", "80GB", "--world-size", "1,8")
     assert done.returncode == 0, done.stderr
     assert "56.000 ✓" in done.stdout.splitlines()[-3].replace(" ", " ")
@@ -323,6 +358,7 @@ def test_sizes(text: str, expected: float) -> None:
         (["--model", "torch.nn:Linear"], "called without arguments: TypeError: "),
         (["--model", ":small"], "give it as package.module:factory"),
         (["--params", "7e9", "--world-size", "0"], "'0' is no list of numbers of ranks"),
+        (["--params", "7e9", "--grad-dtype", "float32"], "by a hook only: give hook=reduce_scatter_hook"),
         (["--params", "7e9", "--world-size", "6", "--shard-size", "4"], "6 ranks are no groups of 4"),
         (["--params", "7e9", "--world-size", "6", "--shard-size", "0"], "'0' is no number of ranks"),
         (["--model", "models"], "give it as package.module:factory"),

@@ -22,7 +22,7 @@ class RankBytes:
     """Of one rank, all in bytes."""
 
     parameters: int
-    gradients: int
+    gradients: int  # p.grad, and with `grad_dtype` the float32 sums of this rank's pieces
     moments: int
     master: int  # float32 copies of low-precision parameters, or what they are made of
     steps: int  # the count of steps of each parameter
@@ -48,11 +48,15 @@ def plan(
     master_dtype: torch.dtype | None = None,
     store_param_remainders: bool = False,
     state_dtype: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None,
     bucket_cap_mb: float = 25,
     hook: Callable[..., Any] | None = None,
     backend: str = "nccl",
 ) -> list[RankBytes]:
     """The bytes of each of `world_size` ranks that train with `ZeroAdam`; as it takes them, but for the last two.
+
+    Bytes that are sent are those of a step with one backward; with `grad_dtype` each further one sends as much of
+    gradients again.
 
     To the byte what a run allocates for as long as it lasts. On top come, with a hook, staging memory of what is being
     reduced: of three parts of up to 40 MB the small gradients, and what is received on gloo or with `ordered_sums`; and
@@ -67,16 +71,19 @@ def plan(
         backend: nccl or gloo, which can send rows of unequal length.
 
     Raises:
-        ValueError: 8-bit moments whose blocks so many ranks would cut; ranks that are no groups of `shard_size`.
+        ValueError: 8-bit moments whose blocks so many ranks would cut; ranks that are no groups of `shard_size`;
+            `grad_dtype` without a hook.
     """
     shards = world_size if shard_size is None else shard_size
     if shards < 1 or world_size % shards:
         raise ValueError(f"{world_size} ranks are no groups of {shards}: give a shard size that divides their number")
+    if grad_dtype is not None and hook is None:
+        raise ValueError(f"gradients are summed in {grad_dtype} by a hook only: give hook=reduce_scatter_hook")
     replicas = world_size // shards
     groups = _groups(params)
     every = [param for group in groups for param in group]
     trained = [param for param in every if param.requires_grad]
-    options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype)
+    options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype, grad_dtype=grad_dtype)
     options.check()
     options.check_blocks(trained, shards)
     layouts = [
@@ -101,13 +108,14 @@ def plan(
             reduced = gradients - own
         if hook is not None and replicas > 1:  # to the replicas its piece, from where the sum of 1/R of it comes back
             sent = 2 if hook is bf16_reduce_scatter_hook else 0
-            wires = [p.numel() * (sent or p.itemsize) + p.numel() * max(p.itemsize, 4) for p in pieces]
+            wide = 0 if grad_dtype is None else 4  # bytes that a number has at least
+            wires = [p.numel() * (max(wide, sent or p.itemsize) + max(p.itemsize, 4)) for p in pieces]
             reduced += sum(wires) * (replicas - 1) // replicas
         held = [(is_master, shard(whole, shards, rank).nbytes) for is_master, whole in layouts]
         ranks.append(
             RankBytes(
                 parameters=sum(param.nbytes for param in every),
-                gradients=gradients,
+                gradients=gradients + sum(4 * p.numel() for p in pieces if grad_dtype is not None and p.itemsize < 4),
                 moments=sum(size for is_master, size in held if not is_master),
                 master=sum(size for is_master, size in held if is_master),
                 steps=4 * len(trained),

@@ -200,8 +200,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     def _prepare(self, transports: Transports) -> None:
         """Make everything that is not torch's Adam, for the param groups and states that there are."""
         self._transports, self._meter = transports, Meter()
+        in_float32 = self._storage.options.grad_dtype is not None
         # What reduce_scatter_hook works with.
-        self.reduction = Reduction(self.process_group, transports, self._meter, self._storage.options.grad_dtype)
+        self.reduction = Reduction(self.process_group, transports, self._meter, in_float32)
         self._plan = StepPlan(self, self._storage, transports, self.reduction.forget_others)
         self._gathers = Gathers(self._meter)
         # Not even for the fused kernel: GradScaler is to unscale gradients itself and step only if they are finite.

@@ -45,6 +45,16 @@ def test_the_hook_trains_as_well() -> None:
     assert bf16 == pytest.approx(plain, rel=1e-2)
 
 
+def test_gradients_are_summed_in_float32() -> None:
+    """Of 8 backwards per step, each reduced; equal to 1 % to those that add up in bfloat16."""
+    low = ["--steps", "10", "--grad-accum", "8", "--dtype", "bfloat16", "--master-weights", "float32"]
+    low += ["--hook", "reduce_scatter"]
+    (plain, plain_bytes), (wide, wide_bytes) = train(*low), train(*low, "--grad-dtype", "float32")
+    assert wide == pytest.approx(plain, rel=1e-2)
+    assert wide != plain
+    assert wide_bytes == plain_bytes  # sums of gradients are no state
+
+
 def test_every_number_of_ranks_is_evaluated_on_the_same_text() -> None:
     one, three = (train("--steps", "1", world_size=world_size)[0] for world_size in (1, 3))
     assert one[1] == pytest.approx(three[1], rel=1e-6)
@@ -82,6 +92,8 @@ def test_runs_in_fewer_bits_are_drawn_beside_each_other(tmp_path: Path) -> None:
         (["--steps", "0"], "--steps must be at least 1"),
         (["--optimizer", "adamw", "--hook", "reduce_scatter"], "--hook reduce_scatter works with --optimizer zeroadam"),
         (["--optimizer", "adamw", "--state-dtype", "8bit"], "--state-dtype 8bit works with --optimizer zeroadam"),
+        (["--optimizer", "adamw", "--grad-dtype", "float32"], "--grad-dtype float32 works with --optimizer zeroadam"),
+        (["--grad-dtype", "float32"], "--grad-dtype float32 works with --hook reduce_scatter"),
         (["--plot", "a.png", "--compare", "/nowhere"], "--compare /nowhere does not exist"),
         (["--json", "/nowhere/a.json"], "--json /nowhere/a.json: there is no such folder"),
     ],
@@ -131,7 +143,11 @@ def test_the_benchmark_runs_and_finds_equal_parameters(tmp_path: Path) -> None:
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", ["ddp + adamw, foreach", "no communication", "fsdp1, SHARD_GRAD_OP", "fsdp2"])
+ALONE = ["ddp + adamw, foreach", "no communication", "fsdp1, SHARD_GRAD_OP", "fsdp2"]
+ALONE += ["zeroadam + hook, bfloat16", "zeroadam + hook, bfloat16, float32 sums"]
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_each_implementation_runs_alone(name: str) -> None:
     done = torchrun(2, f"{ROOT}/launch/benchmark.py", *TINY, "--steps", "2", "--alone", name)
     assert done.returncode == 0, done.stderr

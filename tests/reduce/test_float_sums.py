@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from commands import ROOT
 from master_reference import WAYS, master_of, rounded
 from placed import HOOKS, sum_over
 from torch import Tensor, nn
+from torch.distributed.algorithms import Join
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from zeroadam import GradScaler, ZeroAdamW, reduce_scatter_hook
@@ -61,7 +64,7 @@ def used(case: str, rank: int, step: int, micro: int) -> bool:
 
 def micros_of(case: str) -> list[list[int]]:
     """Which micro-batches accumulate locally before they are reduced together."""
-    return [[0, 1, 2]] if case == "no_sync" else [[0], [1], [2]]
+    return [[0, 1, 2]] if case.startswith("no_sync") else [[0], [1], [2]]
 
 
 def reference(placement: str, case: str, hook: str, dtype: torch.dtype, way: str) -> list[list[Tensor]]:
@@ -117,7 +120,7 @@ def clears(case: str, net: nn.Module, optimizer: ZeroAdamW) -> Callable[[], None
         "by hand": by_hand,
         "data": in_place,
         "never": lambda: None,
-    }.get(case, optimizer.zero_grad)
+    }.get(case.removeprefix("no_sync, "), optimizer.zero_grad)
 
 
 def train(
@@ -174,6 +177,7 @@ def test_bitwise_float32_adamw_fed_sums_in_float32(run_ranks: Any, hook: str, tr
 
 
 CASES = ["no_sync", "unused", "zero", "module_none", "module_zero", "by hand", "data", "never", "skip"]
+CASES += ["no_sync, zero", "no_sync, module_zero", "no_sync, by hand", "no_sync, data"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -456,3 +460,145 @@ def guarded() -> None:
 
 def test_changes_before_a_step_are_refused(run_ranks: Any) -> None:
     run_ranks(guarded, 2)
+
+
+def bytes_per_parameter() -> float:
+    """Of state and sums on this rank, of the tensors that are alive."""
+    model = DistributedDataParallel(nn.Linear(512, 256).bfloat16(), gradient_as_bucket_view=True)
+    optimizer, params = ZeroAdamW(model, **WAYS["master"], grad_dtype=torch.float32), list(model.parameters())
+    for _ in range(2):
+        model(torch.ones(2, 512).bfloat16()).sum().backward()
+    optimizer.step()
+    state = [v.to_local() for p in params for v in optimizer.state[p].values() if isinstance(v, DTensor)]
+    totals = [held(param) for param in params]
+    assert optimizer.report().sums == sum(total.untyped_storage().nbytes() for total in totals)
+    return sum(tensor.nbytes for tensor in (*state, *totals)) / sum(p.numel() for p in params)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_bytes_per_parameter_are_those_of_the_readme(run_ranks: Any, world_size: int) -> None:
+    readme = (ROOT / "README.md").read_text().splitlines()
+    row = next(line for line in readme if line.startswith("| ") and "`grad_dtype=torch.float32`" in line)
+    expected = row.split("|")[{1: 2, 2: 3, 4: 4}[world_size]].strip()
+    assert {f"{found:.3g} N" for found in run_ranks(bytes_per_parameter, world_size)} == {expected}
+
+
+def uneven(micros: int) -> list[Tensor]:
+    """Rank 1 has twice the batches of rank 0, which then owns sums of the other's gradients alone."""
+    model, optimizer, params = built()
+    with Join([model, optimizer]):
+        for step in range(2 + 2 * dist.get_rank()):
+            for micro in range(micros):
+                with model.no_sync() if micro < micros - 1 else nullcontext():
+                    backward(model, step, micro)
+            optimizer.step()
+            if step != 1 or dist.get_rank() == 1:  # on rank 0 the last gradients stay
+                optimizer.zero_grad(set_to_none=step == 0)
+    return [master_of(optimizer, param) for param in params]
+
+
+def expected_when_uneven(micros: int) -> list[Tensor]:
+    net = Net(torch.bfloat16)
+    copies = [nn.Parameter(p.detach().float()) for p in net.parameters()]
+    optimizer = torch.optim.AdamW(copies, **ADAMW)
+    for step in range(4):
+        of_ranks = []
+        for rank in range(2):
+            net.zero_grad()
+            for micro in range(micros if step < 2 or rank == 1 else 0):
+                net(*batch_of(rank, step, micro, torch.bfloat16), sometimes=True).backward()
+            of_ranks.append([torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()])
+        for one, grads in zip(copies, zip(*of_ranks, strict=True), strict=True):
+            one.grad = sum_over("aa", list(grads), exact=True) / 2
+        optimizer.step()
+        with torch.no_grad():
+            for param, one in zip(net.parameters(), copies, strict=True):
+                param.copy_(one)
+    return [one.detach() for one in copies]
+
+
+@pytest.mark.parametrize("transport", ["shared memory", "sockets", "late backend"])
+@pytest.mark.parametrize("micros", [1, 2])
+def test_bitwise_in_join(run_ranks: Any, micros: int, transport: str) -> None:
+    expected = expected_when_uneven(micros)
+    for found in run_ranks(uneven, 2, micros, transport=transport):
+        assert all(map(torch.equal, found, expected))
+
+
+def added_up_in_join() -> None:
+    model, optimizer, _ = built()
+
+    def train() -> None:
+        with Join([model, optimizer]):
+            for step in range(1 + 2 * dist.get_rank()):
+                backward(model, step, 0)
+                optimizer.step()
+
+    with pytest.raises(RuntimeError, match=r"in Join a backward would add to gradients|rank \d of the process group"):
+        train()
+
+
+def test_sums_that_go_on_in_join_are_refused(run_ranks: Any) -> None:
+    run_ranks(added_up_in_join, 2)
+
+
+def regrouped() -> None:
+    """Parameters that move between two optimizers and their groups in an accumulation take their sums with them."""
+    results = []
+    for moves in (False, True):
+        model = DistributedDataParallel(Net(torch.bfloat16), gradient_as_bucket_view=True, bucket_cap_mb=0.2)
+        params, options = list(model.parameters()), {**ADAMW, **WAYS["master"], "grad_dtype": torch.float32}
+        groups = [{"params": params[:4]}, {"params": params[4:7], "weight_decay": 0.0}]
+        first, second = ZeroAdamW(groups, **options), ZeroAdamW(params[7:], **options)
+        model.register_comm_hook(first, reduce_scatter_hook)
+        for step in range(3):
+            backward(model, step, 0)
+            if moves and step == 1:
+                given = first.param_groups[0]["params"].pop()
+                second.param_groups[0]["params"].append(given)
+                second.state[given] = first.state.pop(given)
+                first.param_groups[0]["params"].append(first.param_groups[1]["params"].pop())
+                first.param_groups[0]["weight_decay"] = 0.1
+            backward(model, step, 1)
+            first.clip_grad_norm_(1e9)
+            for optimizer in (first, second):
+                optimizer.step()
+                optimizer.zero_grad()
+            if step == 1:
+                break
+        results.append([master_of(second if param in second.state else first, param) for param in params])
+    moved = 6  # to the group with weight decay
+    assert all(torch.equal(one, other) for i, (one, other) in enumerate(zip(*results, strict=True)) if i != moved)
+    assert not torch.equal(results[0][moved], results[1][moved])
+
+
+def test_edited_groups(run_ranks: Any) -> None:
+    run_ranks(regrouped, 2)
+
+
+def reformatted(at: int) -> list[Tensor]:
+    """Another memory format between two backwards, which DDP's buckets may not have."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 80, 3), nn.Conv2d(80, 300, 3), nn.Conv2d(300, 5, 1)).bfloat16()
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    optimizer = ZeroAdamW(model, **ADAMW, **WAYS["master"], grad_dtype=torch.float32)
+    for count in range(6):
+        if count == at:
+            model.to(memory_format=torch.channels_last)
+        torch.manual_seed(10 * count + dist.get_rank())
+        model(torch.randn(2, 4, 8, 8).bfloat16()).square().sum().backward()
+        if count % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [held(param).contiguous() for param in net.parameters()]
+
+
+def reformatted_alike(at: int) -> None:
+    for one, other in zip(reformatted(at), reformatted(-1), strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * float(other.abs().max()) if other.numel() else 0)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_memory_format_changed_between_two_backwards(run_ranks: Any, at: int) -> None:
+    """Kernels round otherwise in another format, so sums are alike to 5 % only: those in a wrong order are not."""
+    run_ranks(reformatted_alike, 2, at)

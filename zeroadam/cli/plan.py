@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
         "backend": args.backend,
         "bucket_cap_mb": args.bucket_cap_mb,
         "shard_size": args.shard_size,
+        "grad_dtype": torch.float32 if args.grad_dtype == "float32" else None,
     }
     plain = plan(params, 1, **state)[0]
     every = plain.parameters + plain.gradients

@@ -53,6 +53,9 @@ def add(command: argparse.ArgumentParser) -> None:
         help="short for --master-dtype float32 without or with --store-param-remainders",
     )
     choose("--state-dtype", STATE_DTYPES, "none", "of Adam's moments, if not that in which Adam runs")
+    command.add_argument(
+        "--grad-dtype", choices=["none", "float32"], default="none", help="of the sums of gradients; with --hook"
+    )
     command.add_argument("--amsgrad", action="store_true", help="keep a third moment")
     choose("--hook", HOOKS, "none", "DDP's communication hook, in place of its all-reduce")
     command.add_argument(

@@ -55,7 +55,7 @@ class FloatSum:
     def zero(self) -> None:
         """As p.grad was, in place."""
         self.total.zero_()
-        self.begun, self.refused = self.shown, ""
+        self.restart()
 
     def take(self, grad: Tensor | None, note: Reduced) -> None:
         """Empty this rank's piece of p.grad, [d0, ...], before a backward adds to that, if the sum goes on."""
@@ -69,18 +69,17 @@ class FloatSum:
             )
         elif self.begun and self.shown:
             piece = grad[self.cut]
-            if not note.is_whole(grad, backward) and not _same_bits(piece, self.rounded(grad.dtype)):
-                if not piece.any():
-                    return self.restart()
+            if note.is_whole(grad, backward) or (self.total.any() and _same_bits(piece, self.rounded(grad.dtype))):
+                piece.zero_()
+                self.shown, self.backward = False, backward
+            elif not piece.any():  # it was zeroed
+                self.restart()
+            else:
                 self.refused = (
                     f"the gradient of a parameter of shape {tuple(grad.shape)} was changed between two backwards, of "
                     "which grad_dtype=torch.float32 takes the sum: zero it by optimizer.zero_grad(), clip it by "
                     "optimizer.clip_grad_norm_()"
                 )
-                return None
-            piece.zero_()
-            self.shown, self.backward = False, backward
-        return None
 
 
 def find_sums(

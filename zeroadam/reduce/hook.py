@@ -77,11 +77,8 @@ def _reduce(
 class Reduction:
     """What is being reduced, a few MB at a time, while backward goes on."""
 
-    def __init__(
-        self, process_group: dist.ProcessGroup, transports: Transports, meter: Meter, grad_dtype: torch.dtype | None
-    ) -> None:
-        self.process_group, self.transports, self.meter = process_group, transports, meter
-        self.grad_dtype = grad_dtype
+    def __init__(self, group: dist.ProcessGroup, transports: Transports, meter: Meter, in_float32: bool) -> None:
+        self.process_group, self.transports, self.meter, self.in_float32 = group, transports, meter, in_float32
         self.under_way: deque[GradBucket] = deque()
         self.finished: list[GradBucket] = []
         self.backward = -1  # the last one seen, by its number in the autograd engine
@@ -92,7 +89,7 @@ class Reduction:
         self.started = 0  # staged parts in this backward; by which memory is chosen, alike on all ranks
         self.memory: dict[tuple[torch.device, int], Tensor] = {}
         self.streams = SideStreams()
-        self.sums_in_join, self.means = SumsInJoin(self._fail), Means(process_group)
+        self.sums_in_join, self.means = SumsInJoin(self._fail), Means(group)
         # In `Join`, what a rank without inputs gets for its pieces: DDP does not put it into p.grad there.
         self.joined: list[tuple[Tensor, Tensor]] = []
 
@@ -242,7 +239,7 @@ class Reduction:
         strides = {id(param): grad.stride() for param, grad in grads.items()}
         # Where the backend adds, which also sums otherwise on every rank, it does so in the dtype of the gradients.
         means = buffer.dtype == torch.float16 and not transport.same_on_all_ranks
-        sums = find_sums(grads, self.process_group, self.transports.size, self.grad_dtype is not None)
+        sums = find_sums(grads, self.process_group, self.transports.size, self.in_float32)
         reduced = Reduced(buffer.untyped_storage().data_ptr(), self.process_group.group_name, own, strides, means, sums)
         common = (self.process_group, transport, wire_dtype, reduced, self.means, self.transports.size)
         return [GradBucket(params, [grads[p] for p in params], *common) for params in runs]
