@@ -54,7 +54,7 @@ def results(
         cpu = [mine / its for mine, its in zip(found["CPU"], reference["CPU"], strict=True)]
         if isinstance(implementation, Implementation):
             pairs = zip(implementation.parameters(), expected, strict=True)
-            own = {
+            own: dict[str, Any] = {
                 "forward + backward, ms": 1000 * statistics.median(found["forward and backward"]),
                 "step, ms": 1000 * statistics.median(found["step"]),
                 "state, MB": implementation.state_bytes() / 1e6,

@@ -124,7 +124,7 @@ class Background:
             start = time.perf_counter()
             self.implementation.step(tokens)
             self.quiet.append(time.perf_counter() - start)
-        begin, during = time.perf_counter(), []
+        begin, during = time.perf_counter(), list[float]()
         while not during or not self.is_done():
             start = time.perf_counter()
             if not during:

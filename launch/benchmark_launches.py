@@ -41,7 +41,7 @@ class Count(TorchDispatchMode):
     """Operators that run on the device: views are free."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -104,7 +104,7 @@ def nothing_is_sent(world_size: int) -> Iterator[Sent]:
 def ddp_buckets(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """As DistributedDataParallel makes them of gradients that come in the reverse order of forward."""
     backward = params[::-1]
-    indices, _ = dist._compute_bucket_assignment_by_size(backward, [DDP_FIRST_BYTES, DDP_BYTES])
+    indices, _ = dist._compute_bucket_assignment_by_size(list[Tensor](backward), [DDP_FIRST_BYTES, DDP_BYTES])
     return [[backward[i] for i in some] for some in indices]
 
 
@@ -167,7 +167,8 @@ def backward_end(
 
 def collective(nbytes: int, constants: argparse.Namespace, world_size: int) -> float:
     """Seconds of a reduce-scatter or an all-gather of all ranks' rows, by a ring."""
-    return (world_size - 1) * (constants.latency * 1e-6 + nbytes / world_size / (constants.bandwidth * 1e9))
+    seconds: float = constants.latency * 1e-6 + nbytes / world_size / (constants.bandwidth * 1e9)
+    return (world_size - 1) * seconds
 
 
 def estimate(found: dict[str, Any], world_size: int, constants: argparse.Namespace) -> dict[str, float]:

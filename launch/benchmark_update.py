@@ -1,5 +1,6 @@
 """How fast the update alone is, in bytes per second over those of a plain copy. See `launch/benchmark.py --kernel`."""
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -101,7 +102,7 @@ def measure(numel: int, rounds: int, device: torch.device) -> Iterator[dict[str,
         "torch fused AdamW, bfloat16 and casts": lambda: theirs(torch.bfloat16, numel, device),
     }
     for kind in KINDS:
-        ways[f"zeroadam, {kind}"] = lambda kind=kind: ours(kind, numel, device)
+        ways[f"zeroadam, {kind}"] = functools.partial(ours, kind, numel, device)
     copied, copy_step = copy(numel, device)
     for name, build in ways.items():
         if "8-bit" in name:

@@ -48,9 +48,9 @@ def without_communication(gpt: nn.Module) -> tuple[nn.Module, Any]:
         done.set_result(bucket.buffer())
         return done
 
-    model, optimizer = adamw(gpt, fused=True)
+    model = ddp(gpt)
     model.register_comm_hook(None, keep)
-    return model, optimizer
+    return model, torch.optim.AdamW(model.parameters(), **OPTIONS, fused=True)
 
 
 def zero_redundancy(gpt: nn.Module, view: bool) -> tuple[nn.Module, Any]:
@@ -175,6 +175,7 @@ def bare_adam(numel: int, device: torch.device) -> Callable[[], Any]:
 def bare_transfer(numel: int, device: torch.device) -> Callable[[], Any]:
     """To each rank the gradients of its share, from each its share of the parameters: the fewest bytes there are."""
     group = dist.group.WORLD
+    assert group is not None
     transport = choose(group, device, Calls())
     rows = direct_rows(torch.zeros(numel, device=device), group.size(), transport.rules)
     assert rows is not None, "numel must be a multiple of W for this backend"

@@ -76,7 +76,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
         x = x + self.project(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class GPT(nn.Module):
@@ -96,7 +97,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
 
     @torch.no_grad()
     def sample(self, prompt: bytes, length: int, generator: torch.Generator) -> str:
@@ -142,10 +144,10 @@ def held_out_loss(model: GPT, text: Tensor, args: argparse.Namespace, device: to
         part = numbers[first : first + args.batch_size]
         total += loss_of(model, batch(text, part, args.context, 0, device)) * len(part)
     dist.all_reduce(total)
-    return total.item() / (args.eval_batches * args.batch_size)
+    return float(total / (args.eval_batches * args.batch_size))
 
 
-def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> Any:  # an optimizer with methods of its own
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -334,9 +336,9 @@ def train(args: argparse.Namespace) -> None:
 
     def factor(step: int) -> float:
         if step < args.warmup:
-            return (step + 1) / args.warmup
+            return float((step + 1) / args.warmup)
         progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+        return float(0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
     schedule, done = LambdaLR(optimizer, factor), Progress()
     if args.hook == "none":

@@ -164,10 +164,11 @@ def near_adamw() -> str:
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, bits(ours))
     assert len(set(ranks)) == 1, "the ranks differ"
-    device = device_of(dist.get_rank())
+    device, world = device_of(dist.get_rank()), dist.group.WORLD
+    assert world is not None
     rows = [torch.full((r + 1,), float(r == dist.get_rank()), device=device) for r in range(dist.get_world_size())]
     for start in (broadcast_rows, reduce_rows):
-        for work in start(rows, dist.group.WORLD):
+        for work in start(rows, world):
             work.wait()
     assert float(rows[dist.get_rank()].sum()) == (dist.get_rank() + 1) * dist.get_world_size()
     return f"{furthest(ours, plain):.1e} apart"
@@ -181,11 +182,13 @@ def check_nccl_between_gpus() -> str:
 
 def grouped_collectives() -> str:
     device, ones = device_of(0), [torch.ones(5, device=device_of(0)) for _ in range(3)]
+    world = dist.group.WORLD
+    assert world is not None
     calls = [lambda t=t, **options: dist.broadcast(t, group_src=0, **options) for t in ones]
-    for work in grouped(calls, dist.group.WORLD, device):
+    for work in grouped(calls, world, device):
         work.wait()
     assert all(bool((one == 1).all()) for one in ones)
-    return "one launch" if dist.group.WORLD._get_backend(device).supports_coalescing else "one by one"
+    return "one launch" if world._get_backend(device).supports_coalescing else "one by one"
 
 
 def check_grouped_collectives() -> str:

@@ -39,6 +39,8 @@ def imports_of(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "zeroadam":
             for alias in node.names:
+                if alias.name == "__version__":  # is there before all else
+                    continue
                 inside = f"{node.module}.{alias.name}".removeprefix("zeroadam.")
                 yield inside if inside in MODULES else (node.module or "").removeprefix("zeroadam.")
         elif isinstance(node, ast.Import):
@@ -102,12 +104,22 @@ def look_for_private_names() -> None:
         torch.Tensor,
         torch.autograd.Variable,
         dist,
-        dist.checkpoint,
         dist.group.WORLD,
         backend.options,
     )
     for name in _compat.PRIVATE:
         assert any(hasattr(holder, name) for holder in (*holders, joinable, torch.amp.GradScaler("cpu"))), name
+
+
+def test_private_functions_do_what_they_are_used_for() -> None:
+    nested = {"optim": {"state": [{"step": 1}, {"step": 2}]}}
+    flat, places = _compat.flatten_state_dict(nested)
+    rebuilt: dict[str, Any] = {}
+    for name, value in flat.items():
+        _compat.set_element(rebuilt, places[name], value)
+    assert rebuilt == nested
+    assert "optim.state.1.step" in flat
+    assert _compat.current_graph_task_id() == -1
 
 
 def test_every_folder_is_in_the_wheel() -> None:

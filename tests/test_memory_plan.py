@@ -1,6 +1,8 @@
 """plan: to the byte what a run allocates, and the bytes that it sends."""
 
+import argparse
 import gc
+import inspect
 import json
 import os
 import subprocess
@@ -12,13 +14,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from patience import at_most
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from train import GPT
 
+import zeroadam
 from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, plan, reduce_scatter_hook
+from zeroadam.cli import plan_arguments, quantities
 from zeroadam.memory_plan import RankBytes, whole_tensors
 from zeroadam.update import adam
 from zeroadam.update.rounding import bitsandbytes
@@ -67,7 +72,7 @@ def counted(dtype: torch.dtype, options: dict[str, Any], *, hook: bool) -> tuple
     backend = "gloo" if dist.get_backend() == "gloo" else "nccl"
     planned = plan(model.parameters(), dist.get_world_size(), backend=backend, **options)[dist.get_rank()]
     wanted = planned.moments + planned.master + planned.steps + planned.staging
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + at_most(10)
     while (held := live_bytes() - before - parameters) != wanted and time.monotonic() < deadline:
         time.sleep(0.1)  # what gloo has sent last may live a moment longer in its thread
     state = {
@@ -184,10 +189,12 @@ def test_hybrid_sharding() -> None:
             assert all(rank.sent == size * (1 + once) * (inside + across) for rank in ranks)
     with pytest.raises(ValueError, match="6 ranks are no groups of 4: give a shard size that divides"):
         plan(params, 6, shard_size=4)
+    with pytest.raises(ValueError, match="bucket_cap_mb is a positive number of megabytes, not 0"):
+        plan(params, 2, bucket_cap_mb=0)
 
 
 def zeroadam_plan(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([COMMAND, "plan", *arguments], capture_output=True, text=True, timeout=60, cwd=cwd)
+    return subprocess.run([COMMAND, "plan", *arguments], capture_output=True, text=True, timeout=at_most(30), cwd=cwd)
 
 
 def test_command(tmp_path: Path) -> None:
@@ -199,33 +206,125 @@ def test_command(tmp_path: Path) -> None:
     header["bias"] = {"dtype": "F32", "shape": [1024], "data_offsets": [2097152, 2101248]}
     encoded = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(2101248))
-    expected = plan(model.parameters(), 2, master_dtype=torch.float32)
+    expected = plan(model.parameters(), 2, amsgrad=True)
     for given in (
         ["--model", "models:small"],
         ["--state-dict", "model.pt"],
         ["--state-dict", "model.safetensors"],
     ):
-        options = ["--world-size", "2,4", "--json", "--plot", "plan.png", "--hbm", "8MB", "--master-weights", "float32"]
+        options = ["--world-size", "2,4", "--json", "--plot", "plan.png", "--hbm", "8MB", "--amsgrad"]
         done = zeroadam_plan(*given, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         assert found["parameters"] == 512 * 1024 + 1024
         assert [RankBytes(**rank) for rank in found["world_sizes"]["2"]["ranks"]] == expected
-        assert found["world_sizes"]["4"]["adamw"] == 4 * found["parameters"] * 4 + 2 * 4
+        assert found["world_sizes"]["4"]["adamw"] == 5 * found["parameters"] * 4 + 2 * 4
         assert (tmp_path / "plan.png").stat().st_size > 10_000
     done = zeroadam_plan("--params", "7e9", "--dtype", "bf16", "--hbm", "80GB", "--world-size", "1,8")
     assert done.returncode == 0, done.stderr
     assert "56.000 ✓" in done.stdout.splitlines()[-3].replace(" ", " ")
 
 
+def test_names_as_in_python_and_shorter_ones() -> None:
+    """The same numbers by either."""
+    long = ["--dtype", "bfloat16", "--master-dtype", "float32", "--store-param-remainders", "--state-dtype", "bfloat16"]
+    short = ["--dtype", "bf16", "--master-weights", "remainder", "--state-dtype", "bfloat16"]
+    hooks = (["--hook", "bf16_reduce_scatter_hook"], ["--hook", "bf16_reduce_scatter"])
+    printed = []
+    for names, hook, count in zip((long, short), hooks, ("1.5B", "1_500_000_000"), strict=True):
+        done = zeroadam_plan("--params", count, *names, *hook, "--shard-size", "2", "--world-size", "2,4", "--json")
+        assert done.returncode == 0, done.stderr
+        printed.append(json.loads(done.stdout))
+    params = [nn.Parameter(torch.empty(1_500_000_000, dtype=torch.bfloat16, device="meta"))]
+    options = {"master_dtype": torch.float32, "store_param_remainders": True, "state_dtype": torch.bfloat16}
+    expected = plan(params, 4, shard_size=2, hook=bf16_reduce_scatter_hook, **options)
+    for found in printed:
+        assert [RankBytes(**rank) for rank in found["world_sizes"]["4"]["ranks"]] == expected
+
+
+def test_the_table_without_rich_says_the_same(tmp_path: Path) -> None:
+    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('rich')")
+    arguments = ["--params", "7b", "--dtype", "bf16", "--hbm", "80GB", "--world-size", "1,8"]
+    tables = []
+    for environment in (
+        dict(os.environ),
+        {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+    ):
+        command = [COMMAND, "plan", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        assert done.returncode == 0, done.stderr
+        tables.append(done.stdout)
+    rich, plain = tables
+    assert plain.startswith("7 B parameters, bytes on the fullest rank, GB\n")
+    assert plain.endswith("without activations, and what torch itself needs\n")
+    rows = [line.split() for line in plain.splitlines()[3:-1]]
+    assert rows[0] == ["1", "14.000", "14.000", "28.000", "0.000", "0.000", "56.000", "✓", "56.000", "✓", "0.000"]
+    boxed = [line.replace("│", " ").split() for line in rich.splitlines() if "✓" in line]
+    assert boxed == rows
+    assert "\u2502" in rich
+    assert "\u2502" not in plain
+
+
+def test_every_option_has_help() -> None:
+    parser = argparse.ArgumentParser()
+    plan_arguments.add(parser)
+    assert all(action.help for action in parser._actions)
+    names = set(inspect.signature(plan).parameters) - {"params"}
+    assert names <= {action.dest for action in parser._actions}
+    for names_of in (plan_arguments.DTYPES, plan_arguments.STATE_DTYPES):
+        assert all(name is None or isinstance(getattr(torch, name), torch.dtype) for name in names_of.values())
+    assert all(name is None or callable(getattr(zeroadam, name)) for name in plan_arguments.HOOKS.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("7b", 7e9),
+        ("7B", 7e9),
+        ("7e9", 7e9),
+        ("124M", 124e6),
+        ("1.5 B", 1.5e9),
+        ("7,000", 7000),
+        ("12", 12),
+        ("2T", 2e12),
+    ],
+)
+def test_counts(text: str, expected: float) -> None:
+    assert quantities.count(text) == expected
+    assert quantities.count(quantities.in_words(int(expected)).replace(" ", "")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("80GB", 80e9), ("80GiB", 80 * 2**30), ("640 mb", 640e6), ("0.5TB", 5e11), ("80e9B", 80e9)]
+)
+def test_sizes(text: str, expected: float) -> None:
+    assert quantities.size(text) == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--params", "many"], "'many' is no size"),
-        (["--params", "1.5"], "1.5 is not a number of parameters"),
+        (["--params", "many"], "'many' is no number of parameters: give it as 7B, 124M or 7e9"),
+        (["--params", "1.5"], "'1.5' is no number of parameters"),
+        (["--params", "0B"], "'0B' is no number of parameters"),
+        (["--params", "7GB"], "'7GB' is no number of parameters"),
+        (["--params", "1e99"], "'1e99' is no number of parameters"),
+        (["--params", "7B", "--hbm", "80"], "'80' is no size: give it with its unit, as 80GB"),
+        (["--params", "7B", "--hbm", "-80GB"], "argument --hbm"),
+        (["--params", "7B", "--hbm", "0GB"], "'0GB' is no size"),
+        (["--params", "7B", "--bucket-cap-mb", "-1"], "'-1' is no positive number"),
+        (["--params", "7B", "--bucket-cap-mb", "0"], "'0' is no positive number"),
+        (["--params", "7B", "--world-size", "10000000"], "'10000000' is no list of numbers of ranks"),
+        (["--params", "7B", "--dtype", "fp32", "--master-weights", "remainder"], "of bfloat16 parameters only"),
+        (["--params", "7B", "--dtype", "fp16", "--master-weights", "remainder"], "and these are float16"),
+        (["--params", "7B", "--master-dtype", "float32"], "16-bit parameters only, and these are float32"),
+        (["--params", "7B", "--dtype", "bf16", "--store-param-remainders"], "needs master_dtype=torch.float32"),
+        (["--params", "7B", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--model", "torch.nn:Linear"], "called without arguments: TypeError: "),
+        (["--model", ":small"], "give it as package.module:factory"),
         (["--params", "7e9", "--world-size", "0"], "'0' is no list of numbers of ranks"),
         (["--params", "7e9", "--world-size", "6", "--shard-size", "4"], "6 ranks are no groups of 4"),
-        (["--params", "7e9", "--world-size", "6", "--shard-size", "0"], "6 ranks are no groups of 0"),
+        (["--params", "7e9", "--world-size", "6", "--shard-size", "0"], "'0' is no number of ranks"),
         (["--model", "models"], "give it as package.module:factory"),
         (["--model", "no_such_module:small"], "No module named 'no_such_module'"),
         (["--model", "os:getcwd"], "made a str, not a torch.nn.Module"),
@@ -237,4 +336,16 @@ def test_wrong_arguments(arguments: list[str], message: str) -> None:
     done = zeroadam_plan(*arguments)
     assert done.returncode != 0
     assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+@pytest.mark.parametrize(
+    "content", [b"", b"nonsense", (10**12).to_bytes(8, "little"), (2).to_bytes(8, "little") + b"[]"]
+)
+def test_a_file_that_is_no_state_dict(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    done = zeroadam_plan("--state-dict", name, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("zeroadam plan: ")
+    assert done.stderr.count("\n") == 1

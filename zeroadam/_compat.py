@@ -1,12 +1,14 @@
 """Every private name of torch that is used here, each with why. A test asks whether all of them are there."""
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict as flatten_state_dict  # as torch's planners
-from torch.distributed.checkpoint._nested_dict import set_element as set_element  # use both
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 # The number of the backward that is running, -1 outside of one. A hook has to tell one backward from the next, and
 # forward hooks the forward from its repetition by activation checkpointing. There is no public way to ask.
@@ -14,6 +16,45 @@ current_graph_task_id = torch._C._current_graph_task_id
 
 # Calls a function at the end of the backward that is running. DDP and FSDP do the same.
 queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+
+# Keeps a function out of torch.compile's graphs as torch.compiler.disable does, which imports torch._dynamo at once:
+# as long as all of zeroadam and torch take together. torch's own optimizers use this one.
+disable_dynamo = torch._disable_dynamo
+
+
+def flatten_state_dict(state_dict: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(entries by name, where each of them was), as torch's planners have them."""
+    from torch.distributed.checkpoint import _nested_dict  # late, as it takes long
+
+    return _nested_dict.flatten_state_dict(state_dict)
+
+
+def set_element(root: dict[str, Any], place: Any, value: Any) -> None:
+    """Put a value where `flatten_state_dict` has found it."""
+    from torch.distributed.checkpoint import _nested_dict
+
+    _nested_dict.set_element(root, place, value)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes an accelerator the current one for a while."""
+    if hasattr(torch.accelerator, "device_index"):
+        return torch.accelerator.device_index(device.index)
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    manager: AbstractContextManager[Any] = torch.get_device_module(device).device(device.index)  # in older torch
+    return manager
+
+
+def adds_to_grad(param: Tensor) -> bool:
+    """Whether the backward that has come to a parameter adds to `p.grad`, which `torch.autograd.grad` does not.
+
+    torch tells by an error only, as it has no answer for a leaf there.
+    """
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(param).node))
+    except RuntimeError:
+        return False
 
 
 def timeout_of(process_group: dist.ProcessGroup, device_type: str) -> float:
@@ -41,16 +82,20 @@ def grouped(
 PRIVATE = {
     "_C": "see above",
     "_current_graph_task_id": "see above",
+    "_will_engine_execute_node": "see above",
     "_execution_engine": "see above",
     "_coalescing_manager": "see above",
+    "_disable_dynamo": "see above",
     "_get_backend": "see above",
     "_timeout": "see above",
+    "_amp_foreach_non_finite_check_and_unscale_": "of GradScaler, for sums of gradients that it does not see",
     "_base": "the tensor of which a gradient is a view: whether it lies in memory that stays, as in a DDP bucket",
     "_version": "how often a tensor was changed in place: whether a gradient is still what the hook wrote",
     "_foreach_add_": "lists of tensors in one call; torch's own optimizers and clipping are made of these",
     "_foreach_clamp_max_": "likewise",
     "_foreach_clamp_min_": "likewise",
     "_foreach_copy_": "likewise",
+    "_foreach_div": "likewise",
     "_foreach_div_": "likewise",
     "_foreach_mul_": "likewise",
     "_foreach_norm": "likewise",

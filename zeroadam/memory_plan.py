@@ -77,6 +77,7 @@ def plan(
     every = [param for group in groups for param in group]
     trained = [param for param in every if param.requires_grad]
     options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype)
+    options.check()
     options.check_blocks(trained, shards)
     layouts = [
         (name in MASTERS, layout(param, name, precision))

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
 
+from zeroadam._compat import disable_dynamo
 from zeroadam.gather.gathers import Gathers
 from zeroadam.gather.in_forward import warn_of_buffers, watch
 from zeroadam.options import Options
@@ -29,6 +30,7 @@ from zeroadam.reduce.ownership import accept_zeroing, forget_old, register
 from zeroadam.report import Meter, StepReport
 from zeroadam.state.agreement import (
     Manifest,
+    check_process_group,
     check_rank,
     check_ranks_agree,
     check_supported,
@@ -100,6 +102,10 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             bfloat16 and float16 of hosts with several ranks, which are rounded when they go to other hosts: with this
             they are not. On NCCL as many bytes are sent, by an all-to-all; on each rank three parts of a backward need
             as much memory again, of up to 40 MB.
+        grad_dtype: torch.float32 to sum gradients of bfloat16 and float16 parameters in float32, over the ranks and all
+            backwards of a step, on the rank that owns them: 4/W bytes per parameter. `p.grad` keeps its dtype and shows
+            the sum rounded. It needs `reduce_scatter_hook` or `bf16_reduce_scatter_hook`, and implies `ordered_sums`.
+            What accumulates in `no_sync()` does so in its own dtype. None, the default, for sums in that dtype.
         device_mesh: [R, S], as `init_device_mesh("cpu", (R, S), mesh_dim_names=("replicate", "shard"))`, of all ranks:
             state is sharded over S of them, `process_group` is these, and R such groups hold the same, as in FSDP2's
             hybrid sharding. With the hook each rank's piece of the sum is all-reduced between the groups in backward,
@@ -110,9 +116,10 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     Raises:
         RuntimeError: ranks that disagree on parameters or hyper-parameters; several processes and no process group.
         ValueError: no parameters, complex or already sharded ones, `differentiable=True`; what torch's Adam refuses;
-            another `master_dtype` or `state_dtype`, or remainders without the first; 8-bit moments for another W than
-            1 to 8, 16, 32 or 64 that would cut blocks, or without bitsandbytes; a `device_mesh` that is not [R, S] of
-            all ranks, or not over gloo.
+            another `master_dtype`, `state_dtype` or `grad_dtype`, or remainders without the first; 8-bit moments for
+            another W than 1 to 8, 16, 32 or 64 that would cut blocks, or without bitsandbytes; a `bucket_cap_mb` that
+            is not positive; a `process_group` that is none; a `device_mesh` that is not [R, S] of all ranks, or not
+            over gloo.
     """
 
     def __init__(
@@ -136,6 +143,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         store_param_remainders: bool = False,
         state_dtype: torch.dtype | None = None,
         ordered_sums: bool = False,
+        grad_dtype: torch.dtype | None = None,
         device_mesh: DeviceMesh | None = None,
         hook: Hook | None = reduce_scatter_hook,
     ) -> None:
@@ -151,11 +159,14 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._difference: str | None = None  # between the values of parameters on the ranks
         self._stepped = False  # or loaded
         self._check_every = 0  # steps
-        options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype, ordered_sums)
+        ordered_sums = ordered_sums or grad_dtype is not None
+        options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype, ordered_sums, grad_dtype)
         self._storage = Storage(self.process_group, options, device_mesh)
 
         def build() -> Manifest:
+            check_process_group(process_group)
             options.check()
+            options.check_installed()
             super(ZeroAdam, self).__init__(
                 params,
                 lr,
@@ -189,7 +200,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     def _prepare(self, transports: Transports) -> None:
         """Make everything that is not torch's Adam, for the param groups and states that there are."""
         self._transports, self._meter = transports, Meter()
-        self.reduction = Reduction(self.process_group, transports, self._meter)  # what reduce_scatter_hook works with
+        # What reduce_scatter_hook works with.
+        self.reduction = Reduction(self.process_group, transports, self._meter, self._storage.options.grad_dtype)
         self._plan = StepPlan(self, self._storage, transports, self.reduction.forget_others)
         self._gathers = Gathers(self._meter)
         # Not even for the fused kernel: GradScaler is to unscale gradients itself and step only if they are finite.
@@ -205,7 +217,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient. A collective of the process group.
@@ -216,9 +228,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         Raises:
             RuntimeError: parameters that are not alike on all ranks, where they were not when the optimizer was built;
                 a sparse gradient; a parameter cast or moved since its state was made; gradients that something else
-                has changed since `reduce_scatter_hook` summed them; an entry of `state` that is missing or does not
-                fit; ranks that differ in param groups or in which parameters have gradients; the capture of a CUDA
-                graph without `capturable`.
+                has changed since `reduce_scatter_hook` summed them, or that it has not summed in `grad_dtype`; an entry
+                of `state` that is missing or does not fit; ranks that differ in param groups or in which parameters
+                have gradients; the capture of a CUDA graph without `capturable`.
             ValueError: param groups with which torch's Adam would fail or that cannot be sharded.
                 Where ranks meet, see `zeroadam.transport`, all of these are raised on all ranks and change nothing.
             RuntimeError: ranks that are out of step, or one that has failed half-way; then nothing can go on.
@@ -249,8 +261,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             self._gathers.end_step()
         if self._storage.ranks > 1:
             self._plan.counts.count(self._plan.with_gradients)
-        self._plan.release_gradients()
-        self._meter.end_step(self._plan.imbalance)
+        self._meter.end_step(self._plan.imbalance, sum(one.total.nbytes for _, one in self._plan.notes.sums.values()))
+        self._plan.end_step()
         return loss
 
     def _begin(self, call: int, describe: Callable[[], str] = lambda: "step()") -> None:
@@ -604,6 +616,7 @@ class ZeroAdamW(ZeroAdam):
         store_param_remainders: bool = False,
         state_dtype: torch.dtype | None = None,
         ordered_sums: bool = False,
+        grad_dtype: torch.dtype | None = None,
         device_mesh: DeviceMesh | None = None,
         hook: Hook | None = reduce_scatter_hook,
     ) -> None:
@@ -626,6 +639,7 @@ class ZeroAdamW(ZeroAdam):
             store_param_remainders=store_param_remainders,
             state_dtype=state_dtype,
             ordered_sums=ordered_sums,
+            grad_dtype=grad_dtype,
             device_mesh=device_mesh,
             hook=hook,
         )

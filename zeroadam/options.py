@@ -36,15 +36,24 @@ class Options:
     store_param_remainders: bool = False
     state_dtype: torch.dtype | None = None
     ordered_sums: bool = False
+    grad_dtype: torch.dtype | None = None
 
     def check(self) -> None:
         """Raise ValueError for values that are not supported."""
+        number = isinstance(self.bucket_cap_mb, (int, float))
+        if not number or not self.bucket_cap_mb > 0:  # neither is nan
+            raise ValueError(f"bucket_cap_mb is a positive number of megabytes, not {self.bucket_cap_mb!r}")
         if self.master_dtype not in (None, torch.float32):
             raise ValueError(f"master_dtype is torch.float32 or None, not {self.master_dtype}")
         if self.store_param_remainders and self.master_dtype is None:
             raise ValueError("store_param_remainders=True needs master_dtype=torch.float32")
         if self.state_dtype not in (None, torch.bfloat16, torch.uint8):
             raise ValueError(f"state_dtype is torch.bfloat16, torch.uint8 or None, not {self.state_dtype}")
+        if self.grad_dtype not in (None, torch.float32):
+            raise ValueError(f"grad_dtype is torch.float32 or None, not {self.grad_dtype}")
+
+    def check_installed(self) -> None:
+        """Raise ValueError where what a precision needs is missing."""
         if self.state_dtype == torch.uint8:
             bitsandbytes()
 

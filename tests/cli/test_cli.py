@@ -1,5 +1,6 @@
 """`zeroadam export` and `zeroadam inspect`, started as a user starts them."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,8 +12,11 @@ import torch.distributed.checkpoint as dcp
 from adam_reference import assert_same
 from checkpoint_nets import Net, application, build, steps
 from commands import COMMAND, zeroadam
+from patience import at_most
 from state_checks import OPTIONS, equal, trained
 from torch import nn
+
+import zeroadam as package
 
 
 def write(folder: str, kinds: list[str]) -> dict[str, Any]:
@@ -78,6 +82,27 @@ def test_inspect_shows_what_is_there(run_ranks, tmp_path: Path) -> None:
     assert rows["total"][1] == f"{model_bytes:,}"
 
 
+def test_the_folder_of_checkpoints_names_the_newest(run_ranks, tmp_path: Path) -> None:
+    """By their steps, not by when they were written; of other names the last written; none that is not whole."""
+    run_ranks(write, 1, str(tmp_path / "made"), ["zeroadam"])
+    for name in ("step-00000300", "step-00000200", "step-00000400.set-aside-0", "step-00000400.tmp", "other"):
+        shutil.copytree(tmp_path / "made" / "zeroadam", tmp_path / "runs" / name)
+    for command in (["inspect"], ["export", f"{tmp_path}/adamw.pt"]):
+        done = zeroadam(command[0], f"{tmp_path}/runs", *command[1:])
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert f"but {tmp_path}/runs/step-00000300 does, the newest below it" in done.stderr
+    (tmp_path / "runs" / "step-00000300").rename(tmp_path / "runs" / "one")
+    (tmp_path / "runs" / "step-00000200").rename(tmp_path / "runs" / "two")
+    os.utime(tmp_path / "runs" / "two" / ".metadata", (2e9, 2e9))
+    assert f"but {tmp_path}/runs/two does" in zeroadam("inspect", f"{tmp_path}/runs").stderr
+
+
+def test_version() -> None:
+    assert zeroadam("--version").stdout == f"zeroadam {package.__version__}\n"
+    assert zeroadam("--version").returncode == 0
+
+
 @pytest.mark.parametrize("command", ["inspect", "export"])
 def test_errors_are_one_line_and_leave_nothing(run_ranks, tmp_path: Path, command: str) -> None:
     file = tmp_path / "out" / "adamw.pt"
@@ -108,7 +133,7 @@ def test_a_full_disk_leaves_the_old_file(run_ranks, tmp_path: Path) -> None:
     run_ranks(write, 2, str(tmp_path), ["zeroadam"])
     (tmp_path / "adamw.pt").write_text("old")
     limited = f'ulimit -f 4; trap "" XFSZ; exec {COMMAND} export {tmp_path}/zeroadam {tmp_path}/adamw.pt'
-    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=at_most(30))
     assert done.returncode == 1
     assert done.stderr.startswith("zeroadam export: ")
     assert (tmp_path / "adamw.pt").read_text() == "old"

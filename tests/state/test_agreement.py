@@ -1,6 +1,7 @@
 """Ranks that disagree, and input that cannot be right, raise on every rank at once and never hang."""
 
 import contextlib
+import math
 import random
 import re
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from patience import at_most
 from torch import nn
 from torch.distributed.tensor import distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -64,6 +66,8 @@ def disagree(case: str, message: str) -> None:
             optimizer.step()
         elif case == "invalid":
             ZeroAdam(named, lr=-1.0 if odd else 1e-3)
+        elif case == "no group":
+            ZeroAdam(named, process_group=0 if odd else None)
         elif case == "empty":
             ZeroAdam([] if odd else named)
         elif case == "later":
@@ -78,7 +82,11 @@ def disagree(case: str, message: str) -> None:
             optimizer.add_param_group({"params": model(seed=odd).parameters()})
             optimizer.step()
 
-    expected = {"invalid": ValueError, "empty": ValueError}.get(case, RuntimeError) if odd else RuntimeError
+    expected = (
+        {"invalid": ValueError, "no group": ValueError, "empty": ValueError}.get(case, RuntimeError)
+        if odd
+        else RuntimeError
+    )
     raises(expected, message, build)
     dist.barrier()  # the process group is as good as before
 
@@ -97,13 +105,14 @@ def disagree(case: str, message: str) -> None:
         ("amsgrad", "disagree on amsgrad of group 0: False on ranks 0, 2; True on rank 1"),
         ("values", "disagree on the values of parameter 1.weight.*DistributedDataParallel.*hash"),
         ("invalid", "Invalid learning rate: -1.0"),
+        ("no group", "process_group is one of .*, not a int"),
         ("empty", "optimizer got an empty parameter list"),
         ("later", "disagree on parameter 0 of group 1: shape"),
         ("later, values", "disagree on the values of parameter 0 of group 1"),
     ],
 )
 def test_ranks_that_disagree(run_ranks, case: str, message: str) -> None:
-    run_ranks(disagree, 3, case, message, timeout=20)
+    run_ranks(disagree, 3, case, message, timeout=at_most(20))
 
 
 def invalid() -> None:
@@ -117,6 +126,12 @@ def invalid() -> None:
     )
     raises(ValueError, "Invalid learning rate", lambda: ZeroAdam(net.parameters(), lr=-1))
     raises(RuntimeError, "`fused` and `foreach` cannot", lambda: ZeroAdam(net.parameters(), fused=True, foreach=True))
+    for group, kind in ((0, "int"), ([0, 1], "list"), ("world", "str")):
+        message = rf"process_group is one of .*new_group\(\), or None for all ranks, not a {kind}"
+        raises(ValueError, message, lambda group=group: ZeroAdam(net.parameters(), process_group=group))
+    for size in (0, -1, math.nan, "25", None):
+        message = "bucket_cap_mb is a positive number of megabytes, not "
+        raises(ValueError, message, lambda size=size: ZeroAdam(net.parameters(), bucket_cap_mb=size))
     raises(ValueError, "group 0 holds a parameter twice", lambda: ZeroAdam([*net.parameters(), net[0].weight]))
     raises(
         ValueError,
@@ -210,7 +225,7 @@ def test_ranks_talk_through_the_device_of_their_parameters(monkeypatch: pytest.M
         events.append("talk")
         answers[:] = [mine, mine]
 
-    monkeypatch.setattr(torch.accelerator, "device_index", current)
+    monkeypatch.setattr(torch.accelerator, "device_index", current, raising=False)
     monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
     group: Any = Group()
     assert find_difference(group, lambda: {}, lambda: torch.device("cuda:3")) is None

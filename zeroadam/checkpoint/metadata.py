@@ -15,13 +15,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from zeroadam.checkpoint.folder import path_of, steps_in
 from zeroadam.untrusted import Reader, UnsafeError
 
 
 def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
     """What is in a checkpoint; raises ValueError if there is none in the folder or it cannot be read."""
     if not (Path(folder) / ".metadata").is_file():
-        raise ValueError(f"{folder} holds no checkpoint of torch.distributed.checkpoint: it has no file .metadata")
+        newest = newest_below(Path(folder))
+        hint = f", but {newest} does, the newest below it" if newest else ": it has no file .metadata"
+        raise ValueError(f"{folder} holds no checkpoint of torch.distributed.checkpoint{hint}")
     try:
         metadata = Reader(folder).read_metadata()
         _check_structure(metadata)
@@ -38,6 +41,15 @@ def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
     if metadata.planner_data is None:
         raise ValueError(f"{folder} was saved with flatten_state_dict=False, which is not supported")
     return metadata
+
+
+def newest_below(folder: Path) -> Path | None:
+    """Of the checkpoints in a folder that of the last step, as `Manager` names them, or else the last written."""
+    if steps := [step for step in steps_in(folder) if (path_of(folder, step) / ".metadata").is_file()]:
+        return path_of(folder, steps[0])
+    written = {file.parent: file.stat().st_mtime for file in folder.glob("*/.metadata")}
+    whole = [path for path in written if path.suffix != ".tmp" and "set-aside" not in path.suffix]
+    return max(whole, key=lambda path: written[path], default=None)
 
 
 def _check_structure(metadata: Metadata) -> None:

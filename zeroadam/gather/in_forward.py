@@ -10,10 +10,10 @@ import warnings
 from collections.abc import ItemsView, Iterator, ValuesView
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from zeroadam._compat import disable_dynamo
 from zeroadam.gather.gathers import Gathers
 
 
@@ -82,6 +82,6 @@ def warn_of_buffers(model: nn.Module) -> None:
         )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@disable_dynamo
 def _wait_for_own(module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG001
     module._parameters.values()

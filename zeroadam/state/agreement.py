@@ -10,10 +10,11 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from zeroadam._compat import on_device
 from zeroadam.layout.places import overlapping
+from zeroadam.state.dtensor import is_dtensor
 from zeroadam.transport.alone import OneProcess
 from zeroadam.transport.calls import digest_of, name_ranks
 
@@ -21,8 +22,10 @@ from zeroadam.transport.calls import digest_of, name_ranks
 Manifest = dict[str, str]
 
 
-def joined_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+def joined_group(process_group: Any) -> dist.ProcessGroup:
     """The given process group or else that of all ranks; in a script without torchrun, what stands for one.
+
+    Also that of all ranks for what is no group: `check_process_group` refuses it where all ranks hear of it.
 
     Raises:
         RuntimeError: there are other ranks, but no process group.
@@ -34,10 +37,18 @@ def joined_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
                 "there is no process group: call torch.distributed.init_process_group() before building the optimizer"
             )
         return cast(dist.ProcessGroup, OneProcess())
-    group = process_group or dist.group.WORLD
-    if group is None or dist.get_rank(group) < 0:
+    outside = process_group is dist.GroupMember.NON_GROUP_MEMBER
+    group = process_group if isinstance(process_group, dist.ProcessGroup) else dist.group.WORLD
+    if outside or group is None or dist.get_rank(group) < 0:
         raise ValueError("this rank is not in process_group: build the optimizer on the ranks of the group only")
     return group
+
+
+def check_process_group(process_group: Any) -> None:
+    """Raise ValueError for what is neither a process group nor None."""
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        kind = type(process_group).__name__
+        raise ValueError(f"process_group is one of torch.distributed.new_group(), or None for all ranks, not a {kind}")
 
 
 def check_supported(group: dict[str, Any], index: int) -> None:
@@ -53,7 +64,7 @@ def check_supported(group: dict[str, Any], index: int) -> None:
             raise ValueError(f"{name} is on the meta device: build the optimizer after model.to_empty(device=...)")
         if param.layout != torch.strided:
             raise ValueError(f"{name} is sparse ({param.layout}), which Adam does not support: hold a dense one")
-        if isinstance(param, DTensor):
+        if is_dtensor(param):
             raise ValueError(f"{name} is a DTensor, so torch.optim.Adam shards its state already")
         if param.is_complex():
             raise ValueError(f"{name} is complex, which is not supported: hold torch.view_as_real() of it instead")
@@ -148,7 +159,7 @@ def find_difference(
     failure = None if error is None else f"{type(error).__name__}: {error}"
     answers: list[Any] = [(failure, mine)] * process_group.size()
     if process_group.size() > 1:
-        with torch.accelerator.device_index(device().index):  # else all meet on the first GPU
+        with on_device(device()):  # else all meet on the first GPU
             dist.all_gather_object(answers, (failure, mine), group=process_group)
     if error is not None:
         raise error

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from zeroadam.layout.shard import shard
 from zeroadam.options import Precision
 from zeroadam.state.agreement import Manifest, check_hyperparameters, check_supported, describe_hyperparameters, named
+from zeroadam.state.dtensor import is_dtensor
 from zeroadam.state.part import ShardedState
 from zeroadam.state.storage import Storage, choose_kernel, convert_moment, layout, moments, new_step
 from zeroadam.transport.gloo import gather_to
@@ -61,7 +61,7 @@ def _plain(entry: Any) -> Any:
 
 
 def local_of(value: Any) -> Any:
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if is_dtensor(value) else value
 
 
 @dataclass
@@ -194,7 +194,7 @@ def _loaded_entry(
             because = f", and its master {wanted}" if precision.master else ""
             raise ValueError(f"{name} is {source.dtype}, the parameter is {param.dtype}{because}")
         target = held.get(name)
-        if not isinstance(target, DTensor):
+        if not is_dtensor(target):
             target = storage.new_tensor(param, name)
         result[name] = target
         copies.append((local_of(target), source))
@@ -222,7 +222,7 @@ def _piece(name: str, value: Tensor, param: Tensor, precision: Precision, storag
     whole = layout(param, name, precision)
     if value.shape != whole.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, not {tuple(whole.shape)} as the parameter asks for")
-    if isinstance(value, DTensor) and value.placements != (Replicate(),) * value.device_mesh.ndim:
+    if is_dtensor(value) and not all(placement.is_replicate() for placement in value.placements):
         storage.check_cut(name, value, whole)
         return value.to_local()
     return shard(local_of(value), storage.world_size, storage.rank)
@@ -232,7 +232,7 @@ def empty_state(optimizer: Optimizer, storage: Storage) -> dict[Any, Any]:
     """Memory on the CPU for the whole state: [d0, ...], in the parameter's stride order."""
     whole: dict[Any, Any] = {}
     for param, key, value in _entries(optimizer):
-        if isinstance(value, DTensor):
+        if is_dtensor(value):
             like = layout(param, key, storage.options.precision(param))
             value = torch.empty_like(like, dtype=value.dtype, device="cpu")
         elif isinstance(value, Tensor):
@@ -245,7 +245,7 @@ def gather_state(optimizer: Optimizer, storage: Storage, whole: dict[Any, Any] |
     """Fill `whole` on rank `to`, where the others have None, as torch's Adam has it. A collective, tensor by tensor."""
     for param, key, value in _entries(optimizer):
         target = whole[param][key] if whole is not None else None
-        if isinstance(value, DTensor) and param.dim() > 0:
+        if is_dtensor(value) and param.dim() > 0:
             ranks = range(storage.world_size)
             pieces = [] if target is None else [shard(target, storage.world_size, rank) for rank in ranks]
             gather_to(value.to_local(), pieces, to, storage.process_group)

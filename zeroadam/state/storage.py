@@ -6,22 +6,25 @@ gathers the state of a torch optimizer does so with ours. The user may delete it
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.optim import Optimizer
 
 from zeroadam.layout.packing import dense_strides
 from zeroadam.layout.shard import shard, shard_dim
 from zeroadam.options import Options, Precision, block_numel
 from zeroadam.state.agreement import named
+from zeroadam.state.dtensor import is_dtensor
 from zeroadam.transport.alone import OneProcess
 from zeroadam.update.master import MASTERS
 from zeroadam.update.rounding import CODES, SCALES, dequantize, quantize
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
 
 # Device types for which torch has a fused Adam kernel.
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -95,6 +98,8 @@ class Storage:
         """
         if isinstance(self.process_group, OneProcess):
             return local
+        from torch.distributed.tensor import DTensor
+
         return DTensor.from_local(
             local,
             self.mesh(param),
@@ -104,12 +109,14 @@ class Storage:
             stride=dense_strides(whole),
         )
 
-    def placements(self, whole: Tensor) -> tuple[Placement, ...]:
+    def placements(self, whole: Tensor) -> "tuple[Placement, ...]":
         """How the state of a parameter is sharded, as DTensor says it: copied over replicas, cut over a shard group."""
+        from torch.distributed.tensor import Replicate, Shard
+
         dim = shard_dim(whole.shape, self.world_size)
         return (Replicate(),) * (len(self.shape) - 1) + (Replicate() if dim is None else Shard(dim),)
 
-    def check_cut(self, name: str, value: DTensor, whole: Tensor) -> None:
+    def check_cut(self, name: str, value: "DTensor", whole: Tensor) -> None:
         """Raise ValueError for a tensor of state that is cut otherwise than this optimizer cuts it."""
         cut, wanted = (value.placements, tuple(value.device_mesh.shape)), (self.placements(whole), self.shape)
         if cut != wanted:
@@ -141,7 +148,7 @@ class Storage:
                 hint = " (amsgrad was set after the state was made)" if key.startswith("max_") else ""
                 raise RuntimeError(f"{key} in the state of {name} is {found}{hint}: give it a tensor{OR_ANEW}")
             if key == "step":
-                if value.numel() != 1 or isinstance(value, DTensor) or not value.is_floating_point():
+                if value.numel() != 1 or is_dtensor(value) or not value.is_floating_point():
                     raise RuntimeError(
                         f"step in the state of {name} has shape {tuple(value.shape)} and dtype {value.dtype}: give it "
                         f"one floating-point number{OR_ANEW}"
@@ -174,8 +181,8 @@ class Storage:
         """This rank's piece of a tensor of state, dense and in the stride order of the parameter; and what has to be
         stored for that, if not the tensor itself."""
         own = shard(whole, self.world_size, self.rank)
-        piece = value.to_local() if isinstance(value, DTensor) else shard(value, self.world_size, self.rank)
-        stored = isinstance(value, DTensor) or isinstance(self.process_group, OneProcess)
+        piece = value.to_local() if is_dtensor(value) else shard(value, self.world_size, self.rank)
+        stored = is_dtensor(value) or isinstance(self.process_group, OneProcess)
         if stored and piece.shape == own.shape and same_strides(piece, own):
             return piece, None
         if piece.shape != own.shape:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zeroadam._compat import on_device
 from zeroadam.layout.packing import flat
 from zeroadam.update.block import Block, Run, Scratch
 from zeroadam.update.piece import Piece
@@ -79,7 +80,7 @@ class Update:
         if self.kernel is not None:
             if self.launches is None:
                 prepare([[(0, self)]], [group])
-            with torch.accelerator.device_index(self.device.index):  # where Triton launches
+            with on_device(self.device):  # where Triton launches
                 for launch in self.launches:
                     self.kernel.update(launch, group)
             self.launches = None
