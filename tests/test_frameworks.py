@@ -8,13 +8,15 @@ import pytest
 import torch
 from commands import ROOT, torchrun
 
-SCRIPTS = dict(
-    zip(
-        ("accelerate", "trainer", "lightning"),
-        re.findall(r"```python\n(.*?)```", (ROOT / "docs/frameworks.md").read_text(), re.DOTALL),
-        strict=True,
-    )
-)
+# Each section of the page has one script: by heading.
+SECTIONS = (ROOT / "docs/frameworks.md").read_text().split("\n## ")[1:]
+ALL = {text.partition("\n")[0]: text.split("```python\n")[1].split("```")[0] for text in SECTIONS}
+SCRIPTS = {
+    "accelerate": ALL["Accelerate"],
+    "trainer": ALL["transformers' Trainer"],
+    "lightning": ALL["Lightning"],
+}
+LOOPS = {"lightning": ALL["Fabric"], "ignite": ALL["ignite"], "torch": ALL["nanoGPT's structure"]}
 # Runs a script whose rank 1 is killed after so many steps, or which leaves its parameters behind.
 RUN = """
 import os, runpy, signal, sys, torch
@@ -119,3 +121,26 @@ def test_an_optimizer_built_too_early_is_told_when_to_build_it(tmp_path: Path) -
     done = run(tmp_path, script, 2)
     assert done.returncode != 0
     assert "transformers' TrainingArguments() do so: build it after them" in done.stderr
+
+
+@pytest.mark.parametrize("package", LOOPS)
+def test_loops_of_other_frameworks_have_the_numbers_of_adamw(package: str, tmp_path: Path) -> None:
+    """To the bit without clipping; and what they save is AdamW's to load."""
+    pytest.importorskip(package)
+    script = LOOPS[package].replace("lr=1e-3", "lr=1e-3, fused=False")
+    script, clips = re.subn(r".*\.clip_grad_norm_\(.*\n", "", script)
+    plain = script.replace("ZeroAdamW(", "torch.optim.AdamW(")
+    plain, hooks = re.subn(r".*register_comm_hook.*\n|^ *save\(.*\n", "", plain, flags=re.MULTILINE)
+    assert (clips, hooks) == (1, 2)
+    for name, text in (("ours", script), ("plain", plain)):
+        done = run(tmp_path / name, text, 6)
+        assert done.returncode == 0, done.stderr
+    ours, expected = params(tmp_path / "ours"), params(tmp_path / "plain")
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    (file,) = [file for file in (tmp_path / "ours").glob("*.pt") if not file.name.startswith("params")]
+    saved = torch.load(file)
+    fresh = [torch.nn.Parameter(torch.zeros_like(value)) for value in expected]
+    sizes = [len(group["params"]) for group in saved["optimizer"]["param_groups"]]
+    groups = [{"params": [fresh.pop(0) for _ in range(size)]} for size in sizes]
+    torch.optim.AdamW(groups).load_state_dict(saved["optimizer"])
+    assert {float(entry["step"]) for entry in saved["optimizer"]["state"].values()} == {6.0}
