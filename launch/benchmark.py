@@ -73,6 +73,7 @@ def results(
                 "ms": 1000 * statistics.median(found["wall"]),
                 "CPU, ms": 1000 * statistics.median(found["CPU"]),
                 "sent, bytes/param": statistics.median(found["sent"]) / local_ranks() / numel,
+                "shared, bytes/param": statistics.median(found["shared"]) / numel,
                 **own,
             }
         )
@@ -196,6 +197,9 @@ def main() -> None:
     parser.add_argument("--alone", choices=installed(), metavar="NAME", help="train with one implementation alone")
     parser.add_argument("--store", help=argparse.SUPPRESS)
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
+    parser.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="FILE", help="in --plot: runs that --json has written"
+    )
     args = parser.parse_args()
     if args.sweep:
         sweep(args)
@@ -259,15 +263,12 @@ def main() -> None:
             implementation.step(tokens)
     rows = results(implementations, peaks, args, device)
     if dist.get_rank() == 0:
-        show(rows, title_of(numel, f"{args.steps} steps; ratios to {REFERENCE}"), args)
+        title = title_of(numel, f"{args.steps} steps; ratios to {REFERENCE}")
+        show(rows, title, args)
         if args.plot:
-            from draw_benchmark import bars
+            from draw_benchmark import bars, written
 
-            bars(
-                args.plot,
-                [row for row in rows if row["implementation"] not in LIMITS],
-                f"{numel / 1e6:.1f} M parameters, {dist.get_world_size()} ranks",
-            )
+            bars(args.plot, [(title, rows), *map(written, args.compare)])
     leave()
 
 
@@ -292,7 +293,7 @@ def show(rows: list[dict[str, Any]], title: str, args: argparse.Namespace) -> No
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=160).print(table)
     if args.json:
-        args.json.write_text(json.dumps({"title": title, "rows": rows}, indent=1))
+        args.json.write_text(json.dumps({"title": title, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
-"""The pictures of `launch/benchmark.py`."""
+"""The pictures of `launch/benchmark.py`; of what its --json has written, they are drawn again by
 
+python launch/draw_benchmark.py docs/benchmark.png docs/measured/benchmark-71.2M.json docs/measured/benchmark-10.8M.json
+"""
+
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,31 +12,67 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+
+OURS, OTHERS = "C1", "lightgray"
 
 
-def bars(file: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Ratio of time, bytes sent and peak memory of each implementation, beside each other."""
-    rows = sorted(rows, key=lambda row: row["ratio"])
-    names = [row["implementation"] for row in rows]
-    colors = ["C1" if name.startswith("zeroadam") else "lightgray" for name in names]
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 0.6 + 0.4 * len(rows)), sharey=True, layout="constrained")
-    for axis, key, label in zip(
-        axes,
-        ("ratio", "sent, bytes/param", "peak, MB"),
-        ("time per step, of DDP + AdamW(fused)", "bytes sent per parameter and rank", "peak memory per rank, MB"),
-        strict=True,
-    ):
-        spread = [[r["ratio"] - r["p10"] for r in rows], [r["p90"] - r["ratio"] for r in rows]]
-        values = [row[key] for row in rows]
-        drawn = axis.barh(names, values, color=colors, xerr=spread if key == "ratio" else None, ecolor="gray")
-        if key == "ratio":
-            axis.axvline(1, color="black", linewidth=0.8)
-        axis.bar_label(drawn, fmt="%.2f" if key == "ratio" else "%.1f" if key != "peak, MB" else "%.0f", padding=2)
-        axis.margins(x=0.2)
-        axis.set(xlabel=label)
-    axes[0].invert_yaxis()
-    figure.suptitle(title)
+def bars(file: Path, runs: list[tuple[str, list[dict[str, Any]]]]) -> None:
+    """Of each run, a title and its rows: ratio of time, bytes exchanged and peak memory of each implementation."""
+    runs = [(title, [row for row in rows if row["peak, MB"] != ""]) for title, rows in runs]  # without the limits
+    heights = [0.4 * len(rows) + 0.9 for _, rows in runs]
+    figure = pyplot.figure(figsize=(12, sum(heights) + 0.3), layout="constrained")
+    for part, (title, rows) in zip(_parts(figure, heights), runs, strict=True):
+        rows = sorted(rows, key=lambda row: row["ratio"])
+        time, exchanged, peak = part.subplots(1, 3, sharey=True)
+        names = [row["implementation"] for row in rows]
+        colors = [OURS if name.startswith("zeroadam") else OTHERS for name in names]
+
+        ratios = [row["ratio"] for row in rows]
+        spread = [[row["ratio"] - row["p10"] for row in rows], [row["p90"] - row["ratio"] for row in rows]]
+        time.barh(names, ratios, color=colors, xerr=spread, ecolor="gray")
+        time.axvline(1, color="black", linewidth=0.8)
+        for name, row in zip(names, rows, strict=True):
+            time.annotate(f"{row['ratio']:.2f}", (row["p90"], name), (3, 0), textcoords="offset points", va="center")
+        time.set(xlabel="time per step over that of ddp + adamw")
+
+        sent = [row["sent, bytes/param"] for row in rows]
+        shared = [row["shared, bytes/param"] for row in rows]
+        exchanged.barh(names, sent, color=colors)
+        through = exchanged.barh(names, shared, left=sent, color=colors, hatch="////", edgecolor="white", linewidth=0)
+        exchanged.bar_label(through, [f"{a + b:.1f}" for a, b in zip(sent, shared, strict=True)], padding=3)
+        exchanged.set(xlabel="bytes exchanged per parameter and rank")
+        if any(shared):
+            hatched = Patch(facecolor=OURS, hatch="////", edgecolor="white", label="through shared memory")
+            exchanged.legend(handles=[Patch(color="gray", label="through sockets"), hatched], loc="lower right")
+
+        peak.bar_label(peak.barh(names, [row["peak, MB"] for row in rows], color=colors), fmt="%.0f", padding=3)
+        peak.set(xlabel="peak memory per rank, MB (10⁶ bytes)")
+
+        time.invert_yaxis()
+        for axis in (time, exchanged, peak):
+            _plain(axis)
+        exchanged.margins(x=0.55 if any(shared) else 0.2)
+        part.suptitle(", ".join(title.split(", ")[:2]), weight="bold")
     figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def written(file: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The title and the rows that --json has written to a file."""
+    run = json.loads(file.read_text())
+    return run["title"], run["rows"]
+
+
+def _parts(figure: Any, heights: list[float]) -> list[Any]:
+    return list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+
+
+def _plain(axis: Axes) -> None:
+    axis.margins(x=0.2)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
 
 
 def growth(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -53,3 +94,9 @@ def growth(file: Path, rows: list[dict[str, Any]]) -> None:
         axis.plot([low, high], [top * low / high, top], color="lightgray", linestyle="--", label="linear")
         axis.legend()
     figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    picture, *files = map(Path, sys.argv[1:])
+    bars(picture, [written(file) for file in files])

@@ -25,6 +25,7 @@ from zeroadam import ZeroAdamW, bf16_reduce_scatter_hook, reduce_scatter_hook
 from zeroadam.layout.packing import direct_rows
 from zeroadam.transport import choose
 from zeroadam.transport.calls import Calls
+from zeroadam.transport.shared_memory import SharedMemory
 
 REFERENCE = "ddp + adamw"
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
@@ -212,7 +213,7 @@ class Limit:
         end_cpu = time.process_time()
         dist.barrier()
         end = now(self.device)
-        self.steps.append({"wall": end - start, "CPU": end_cpu - cpu, "sent": sent_bytes() - sent})
+        self.steps.append({"wall": end - start, "CPU": end_cpu - cpu, "sent": sent_bytes() - sent, "shared": 0})
 
 
 class Implementation:
@@ -253,8 +254,19 @@ class Implementation:
                 "CPU": end_cpu - cpu,
                 "CPU of step": middle_cpu - cpu,
                 "sent": sent_bytes() - sent,
+                "shared": self.shared_bytes(),
             }
         )
+
+    def shared_bytes(self) -> int:
+        """That this rank has given to others through shared memory, from the end of one `step()` to that of the next.
+
+        For several hosts with several ranks this is 0: what goes through the memory of a host is not told apart there.
+        """
+        if not isinstance(self.optimizer, ZeroAdamW):
+            return 0
+        transport = self.optimizer._transports.of(next(self.model.parameters()).device)
+        return self.optimizer.report().sent if isinstance(transport, SharedMemory) else 0
 
     def parameters(self) -> list[Tensor]:
         """In full [d0, ...], in the order of the model. A collective."""

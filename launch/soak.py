@@ -7,9 +7,11 @@ that nobody disturbed, or the program says how and exits with 1. The folder of a
 """
 
 import argparse
+import importlib
 import os
 import random
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -19,10 +21,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import elastic_launch
 
 HERE = Path(__file__).parent
 EVERY = 3  # steps between checkpoints
@@ -33,6 +38,45 @@ TINY = [
 ]
 
 
+def run_script(script: str, arguments: Sequence[str]) -> None:
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+class Forked(ForkProcess):
+    """torchrun, and workers that are forked from it, with the modules that this process has imported.
+
+    It has what the program needs of subprocess.Popen.
+    """
+
+    def __init__(self, options: Sequence[str], output: TextIO, env: dict[str, str], preexec_fn: Callable[[], Any]):
+        super().__init__()
+        self.options, self.output, self.env, self.prepare = options, output, env, preexec_fn
+        self.start()
+
+    def run(self) -> None:
+        os.dup2(self.output.fileno(), 1)
+        os.dup2(self.output.fileno(), 2)
+        os.environ.update(self.env)
+        self.prepare()
+        args = torchrun.parse_args(self.options)
+        if args.standalone:  # what torchrun makes of it
+            args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(os.getpid())
+        config, _, command = torchrun.config_from_args(args)
+        config.start_method = "fork"
+        script, *arguments = command[1:]  # behind python's -u
+        elastic_launch(config, run_script)(script, arguments)
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired("torchrun", timeout or 0)
+        return self.exitcode
+
+
 class Agent:
     """A torchrun that is killed, or whose workers are; ended with its workers whatever happens.
 
@@ -40,6 +84,8 @@ class Agent:
         log: for what it and its workers say.
         file_blocks: the largest file that they may write, in KiB, which stands in for a full disk.
     """
+
+    forks = False  # from this process, or each start imports torch anew
 
     def __init__(self, log: Path, *options: str, file_blocks: int | None = None) -> None:
         self.log = log
@@ -51,8 +97,12 @@ class Agent:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * file_blocks,) * 2)
 
         variables = {**os.environ, "TMPDIR": str(log.parent), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        self.process: Forked | subprocess.Popen[bytes]
         with log.open("w") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=variables, preexec_fn=limit)
+            if self.forks:
+                self.process = Forked(options, output, variables, limit)
+            else:
+                self.process = subprocess.Popen(command, stdout=output, stderr=output, env=variables, preexec_fn=limit)
 
     def workers(self) -> list[int]:
         with suppress(FileNotFoundError):
@@ -60,7 +110,7 @@ class Agent:
             return [int(pid) for pid in children.split()]
         return []
 
-    def wait_for(self, condition: Callable[[], Any], seconds: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 300) -> None:
         """Raises AssertionError with the end of the log if it does not come true."""
         deadline = time.monotonic() + seconds
         while True:
@@ -85,7 +135,8 @@ class Agent:
                 self.process.wait()
 
 
-def kill(pid: int, number: int = signal.SIGKILL) -> None:
+def kill(pid: int | None, number: int = signal.SIGKILL) -> None:
+    assert pid, "it has been started"
     with suppress(ProcessLookupError):
         os.kill(pid, number)
 
@@ -143,7 +194,7 @@ class Round:
         ways = [*with_worker, self.terminate, self.kill_agent, self.stop, self.full_disk, self.delete]
         while self.killed < before + kills and not self.is_done:
             self.generator.choice(ways)()
-        self.agent.wait_for(lambda: self.is_done)
+        self.agent.wait_for(lambda: self.is_done, seconds=1800)
         assert self.agent.process.wait(timeout=60) == 0, self.agent.log.read_text()[-5000:]
         return self.killed - before
 
@@ -268,9 +319,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world-size", type=int, default=2)
     parser.add_argument("--hook", default="reduce_scatter", help="of launch/train.py; none: DDP's own all-reduce")
-    parser.add_argument("--steps", type=int, default=600, help="of a run")
+    parser.add_argument("--steps", type=int, default=200, help="of a run")
     parser.add_argument("--folder", type=Path, help="to work in, instead of a temporary one")
+    parser.add_argument(
+        "--fork", action="store_true", help="start processes with torch already imported, for more kills per minute"
+    )
     args = parser.parse_args()
+    if args.fork:
+        Agent.forks = True
+        runpy.run_path(f"{HERE}/train.py")  # imports what the workers need
+        importlib.import_module("torch._dynamo")  # as building an optimizer does
     work = Path(tempfile.mkdtemp(prefix="soak-", dir=args.folder))
     options = ["--standalone", f"--nproc-per-node={args.world_size}"]
     train = [f"{HERE}/train.py", *TINY, "--hook", args.hook, "--steps", str(args.steps), "--checkpoint-every"]

@@ -137,12 +137,12 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: GPT, text: Tensor, args: argparse.Namespace, device: torch.device) -> float:
-    """Over the same windows every time and for every number of ranks, which share them."""
+    """Over the same windows every time, for every seed and for every number of ranks, which share them."""
     total = torch.zeros((), device=device)
     numbers = range(RANK, args.eval_batches * args.batch_size, dist.get_world_size())
     for first in range(0, len(numbers), args.batch_size):
         part = numbers[first : first + args.batch_size]
-        total += loss_of(model, batch(text, part, args.context, args.seed, device)) * len(part)
+        total += loss_of(model, batch(text, part, args.context, 0, device)) * len(part)
     dist.all_reduce(total)
     return float(total / (args.eval_batches * args.batch_size))
 
@@ -426,7 +426,13 @@ def train(args: argparse.Namespace) -> None:
         print(f"\n{gpt.sample(prompt, args.sample, torch.Generator().manual_seed(args.seed))}")
         if writer is not None:
             writer.close()
-        this_run = {"name": name_of(args), "losses": done.losses, "held_out": done.held_out, "state": per_rank}
+        this_run = {
+            "name": name_of(args),
+            "seed": args.seed,
+            "losses": done.losses,
+            "held_out": done.held_out,
+            "state": per_rank,
+        }
         if args.json:
             args.json.write_text(json.dumps(this_run))
         if args.plot:

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import late_backend
@@ -23,13 +24,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from hosts import Hosts
+from patience import at_most
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["hypothesis", "pytest", "torch._dynamo", "torch.distributed.optim", "zeroadam.plain_file"]
+    [
+        *("hypothesis", "pytest", "torch._dynamo", "torch.distributed.optim", "torch.distributed.tensor"),
+        *("torch.distributed.checkpoint.state_dict", "zeroadam.checkpoint", "zeroadam.plain_file"),
+    ]
 )
+TESTS = Path(__file__).parent
 # Ranks that are still busy this long after another has failed are ended.
-GRACE_SECONDS = 5
+GRACE_SECONDS = at_most(2)
 
 
 # How rows travel between the ranks of a test: through shared memory, through gloo's sockets, or by the collectives of a
@@ -63,7 +69,11 @@ def _rank(
                 backend, lambda store, r, size, timeout: dist.ProcessGroupGloo(store, r, size, timeout), devices=["cpu"]
             )
         dist.init_process_group(
-            backend, init_method=f"file://{file}", rank=rank, world_size=world_size, timeout=timedelta(seconds=30)
+            backend,
+            init_method=f"file://{file}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=at_most(20)),
         )
         result = (None, function(*args))
         dist.barrier()  # nobody leaves while another still needs it
@@ -79,7 +89,7 @@ def _run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 90,
+    timeout: float = at_most(60),
     transport: str = "shared memory",
     hosts: str = "",
 ) -> list[Any]:
@@ -120,7 +130,7 @@ def _run_ranks(
                         deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             silent = set(range(world_size)) - set(results) - set(errors)
             for process in processes:
-                process.join(timeout=0 if silent else 10)
+                process.join(timeout=0 if silent else at_most(10))
         finally:
             for process in processes:
                 if process.is_alive():
@@ -131,6 +141,12 @@ def _run_ranks(
     if report:
         pytest.fail("\n".join(report), pytrace=False)
     return [results[rank] for rank in range(world_size)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"launch", "test_frameworks.py"} & set(item.path.relative_to(TESTS).parts):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

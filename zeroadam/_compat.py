@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 # The number of the backward that is running, -1 outside of one. A hook has to tell one backward from the next, and
 # forward hooks the forward from its repetition by activation checkpointing. There is no public way to ask.
@@ -44,6 +46,17 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return manager
 
 
+def adds_to_grad(param: Tensor) -> bool:
+    """Whether the backward that has come to a parameter adds to `p.grad`, which `torch.autograd.grad` does not.
+
+    torch tells by an error only, as it has no answer for a leaf there.
+    """
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(param).node))
+    except RuntimeError:
+        return False
+
+
 def timeout_of(process_group: dist.ProcessGroup, device_type: str) -> float:
     """The seconds after which the group's backend for a device gives up."""
     seconds: float = process_group._get_backend(torch.device(device_type)).options._timeout.total_seconds()
@@ -69,17 +82,20 @@ def grouped(
 PRIVATE = {
     "_C": "see above",
     "_current_graph_task_id": "see above",
+    "_will_engine_execute_node": "see above",
     "_execution_engine": "see above",
     "_coalescing_manager": "see above",
     "_disable_dynamo": "see above",
     "_get_backend": "see above",
     "_timeout": "see above",
+    "_amp_foreach_non_finite_check_and_unscale_": "of GradScaler, for sums of gradients that it does not see",
     "_base": "the tensor of which a gradient is a view: whether it lies in memory that stays, as in a DDP bucket",
     "_version": "how often a tensor was changed in place: whether a gradient is still what the hook wrote",
     "_foreach_add_": "lists of tensors in one call; torch's own optimizers and clipping are made of these",
     "_foreach_clamp_max_": "likewise",
     "_foreach_clamp_min_": "likewise",
     "_foreach_copy_": "likewise",
+    "_foreach_div": "likewise",
     "_foreach_div_": "likewise",
     "_foreach_mul_": "likewise",
     "_foreach_norm": "likewise",

@@ -62,7 +62,7 @@ def plan(
     Args:
         params: parameters or param groups, [d0, ...] each; on the meta device they need no memory. Those that require
             no gradient are held and not trained.
-        shard_size: the ranks over which the state is cut, if not all: S of the `device_mesh` [R, S].
+        shard_size: the ranks over which the state is sharded, if not all: S of the `device_mesh` [R, S].
         hook: the one that DistributedDataParallel is to have; None for its all-reduce.
         backend: nccl or gloo, which can send rows of unequal length.
 

@@ -68,7 +68,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     """`torch.optim.Adam` that shards its state over W ranks, 1/W on each: ZeRO stage 1 (arXiv:1910.02054).
 
     Every rank has all parameters p [d0, ...] and their averaged gradients, from DistributedDataParallel or otherwise,
-    and owns a piece [c, ...] of each, c = ceil(d0 / W) (see `zeroadam.shard`). A step is
+    and owns a piece [c, ...] of each, c = ceil(d0 / W) (see `zeroadam.layout.shard`). A step is
 
         update      exp_avg, exp_avg_sq, p   [c, ...]                 this rank's piece, by torch's own Adam
         all_gather  p                        [c, ...] -> [d0, ...]    the same parameters on every rank again
@@ -77,40 +77,49 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     parameter's own shape, of which [c, ...] is on this rank, and p's `step` count.
 
     The numbers are those of `torch.optim.Adam`, bit for bit with `fused=False`. Where torch's own kernels round the
-    last few elements of a run of memory unlike the rest, a cut moves that place: in fused ones, and in those for
+    last few elements of a run of memory unlike the rest, sharding moves that place: in fused ones, and in those for
     coupled weight decay on bfloat16 and float16.
 
     The arguments are those of `torch.optim.Adam`, but `fused` is the default wherever torch has such a kernel, and
-    params may be a model, for its `named_parameters()`. Further
-        process_group: the ranks over which the state is cut, all of them by default. As in DistributedDataParallel.
+    params may be a model, for its `named_parameters()`.
+
+    Building the optimizer and `add_param_group` are collectives of the process group. Parameters may have other values
+    on other ranks until DistributedDataParallel makes them equal, before the first step.
+
+    Args:
+        process_group: the ranks over which the state is sharded, all by default. As in DistributedDataParallel.
             Without torchrun and `init_process_group()` there is one rank, and the state is that of torch's Adam.
         bucket_cap_mb: megabytes (2^20 bytes) of parameters that are updated and gathered together. The memory
             for packing small parameters is at most three times this, or three times the largest of them.
         master_dtype: torch.float32 for Adam to run on a float32 copy of bfloat16 and float16 parameters, which get the
-            rounded result; see `zeroadam.master`. None, the default, for the numbers of torch's Adam on the same model.
+            rounded result. None, the default, for the numbers of torch's Adam on the same model.
         store_param_remainders: store of the copies of bfloat16 parameters only the 16 bits that these do not hold.
         state_dtype: torch.bfloat16 for moments in bfloat16, rounded stochastically; torch.uint8 for moments in 8 bits,
-            wherever a parameter has rows of whole blocks, by bitsandbytes. Adam runs in float32 then; see
-            `zeroadam.precision`. None, the default, for moments in the dtype in which Adam runs.
+            wherever a parameter has rows of whole blocks, by bitsandbytes. Adam runs in float32 then. None, the
+            default, for moments in the dtype in which Adam runs.
         ordered_sums: for `reduce_scatter_hook` to add gradients up in rank order and in float32 also on NCCL, whose own
             order depends on W and where bfloat16 is rounded at every hop. On gloo it does so anyway, but for sums of
             bfloat16 and float16 of hosts with several ranks, which are rounded when they go to other hosts: with this
             they are not. On NCCL as many bytes are sent, by an all-to-all; on each rank three parts of a backward need
             as much memory again, of up to 40 MB.
+        grad_dtype: torch.float32 to sum gradients of bfloat16 and float16 parameters in float32, over the ranks and all
+            backwards of a step, on the rank that owns them: 4/W bytes per parameter. `p.grad` keeps its dtype and shows
+            the sum rounded. It needs `reduce_scatter_hook` or `bf16_reduce_scatter_hook`, and implies `ordered_sums`.
+            What accumulates in `no_sync()` does so in its own dtype. None, the default, for sums in that dtype.
         device_mesh: [R, S], as `init_device_mesh("cpu", (R, S), mesh_dim_names=("replicate", "shard"))`, of all ranks:
-            the state is cut over S of them, `process_group` is these, and R such groups hold the same, as in FSDP2's
+            state is sharded over S of them, `process_group` is these, and R such groups hold the same, as in FSDP2's
             hybrid sharding. With the hook each rank's piece of the sum is all-reduced between the groups in backward,
             and a gather stays within S ranks. DistributedDataParallel is on all ranks. On CPUs over gloo; no `Join`.
         hook: what to register as communication hook where params is a DistributedDataParallel model; None for nothing.
             Its `gradient_as_bucket_view` must be set, or a warning says that there is no hook.
 
-    Building the optimizer and `add_param_group` are collectives of the process group. Parameters may have other values
-    on other ranks until DistributedDataParallel makes them equal, before the first step. Both raise on every rank:
+    Raises:
         RuntimeError: ranks that disagree on parameters or hyper-parameters; several processes and no process group.
         ValueError: no parameters, complex or already sharded ones, `differentiable=True`; what torch's Adam refuses;
-            another `master_dtype` or `state_dtype`, or remainders without the first; 8-bit moments for another W than
-            1 to 8, 16, 32 or 64 that would cut blocks, or without bitsandbytes; a `bucket_cap_mb` that is not positive;
-            a `process_group` that is none; a `device_mesh` that is not [R, S] of all ranks, or not over gloo.
+            another `master_dtype`, `state_dtype` or `grad_dtype`, or remainders without the first; 8-bit moments for
+            another W than 1 to 8, 16, 32 or 64 that would cut blocks, or without bitsandbytes; a `bucket_cap_mb` that
+            is not positive; a `process_group` that is none; a `device_mesh` that is not [R, S] of all ranks, or not
+            over gloo.
     """
 
     def __init__(
@@ -134,6 +143,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         store_param_remainders: bool = False,
         state_dtype: torch.dtype | None = None,
         ordered_sums: bool = False,
+        grad_dtype: torch.dtype | None = None,
         device_mesh: DeviceMesh | None = None,
         hook: Hook | None = reduce_scatter_hook,
     ) -> None:
@@ -149,7 +159,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         self._difference: str | None = None  # between the values of parameters on the ranks
         self._stepped = False  # or loaded
         self._check_every = 0  # steps
-        options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype, ordered_sums)
+        ordered_sums = ordered_sums or grad_dtype is not None
+        options = Options(bucket_cap_mb, master_dtype, store_param_remainders, state_dtype, ordered_sums, grad_dtype)
         self._storage = Storage(self.process_group, options, device_mesh)
 
         def build() -> Manifest:
@@ -189,7 +200,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     def _prepare(self, transports: Transports) -> None:
         """Make everything that is not torch's Adam, for the param groups and states that there are."""
         self._transports, self._meter = transports, Meter()
-        self.reduction = Reduction(self.process_group, transports, self._meter)  # what reduce_scatter_hook works with
+        # What reduce_scatter_hook works with.
+        self.reduction = Reduction(self.process_group, transports, self._meter, self._storage.options.grad_dtype)
         self._plan = StepPlan(self, self._storage, transports, self.reduction.forget_others)
         self._gathers = Gathers(self._meter)
         # Not even for the fused kernel: GradScaler is to unscale gradients itself and step only if they are finite.
@@ -216,9 +228,9 @@ class ZeroAdam(torch.optim.Adam, Joinable):
         Raises:
             RuntimeError: parameters that are not alike on all ranks, where they were not when the optimizer was built;
                 a sparse gradient; a parameter cast or moved since its state was made; gradients that something else
-                has changed since `reduce_scatter_hook` summed them; an entry of `state` that is missing or does not
-                fit; ranks that differ in param groups or in which parameters have gradients; the capture of a CUDA
-                graph without `capturable`.
+                has changed since `reduce_scatter_hook` summed them, or that it has not summed in `grad_dtype`; an entry
+                of `state` that is missing or does not fit; ranks that differ in param groups or in which parameters
+                have gradients; the capture of a CUDA graph without `capturable`.
             ValueError: param groups with which torch's Adam would fail or that cannot be sharded.
                 Where ranks meet, see `zeroadam.transport`, all of these are raised on all ranks and change nothing.
             RuntimeError: ranks that are out of step, or one that has failed half-way; then nothing can go on.
@@ -249,8 +261,8 @@ class ZeroAdam(torch.optim.Adam, Joinable):
             self._gathers.end_step()
         if self._storage.ranks > 1:
             self._plan.counts.count(self._plan.with_gradients)
-        self._plan.release_gradients()
-        self._meter.end_step(self._plan.imbalance)
+        self._meter.end_step(self._plan.imbalance, sum(one.total.nbytes for _, one in self._plan.notes.sums.values()))
+        self._plan.end_step()
         return loss
 
     def _begin(self, call: int, describe: Callable[[], str] = lambda: "step()") -> None:
@@ -582,7 +594,7 @@ class ZeroAdam(torch.optim.Adam, Joinable):
 
 
 class ZeroAdamW(ZeroAdam):
-    """`torch.optim.AdamW` that shards its state over W ranks, 1/W on each. All else is as in `ZeroAdam`."""
+    """`torch.optim.AdamW` that shards its state over W ranks, 1/W on each. All else is as in `ZeroAdam`, below."""
 
     def __init__(
         self,
@@ -604,6 +616,7 @@ class ZeroAdamW(ZeroAdam):
         store_param_remainders: bool = False,
         state_dtype: torch.dtype | None = None,
         ordered_sums: bool = False,
+        grad_dtype: torch.dtype | None = None,
         device_mesh: DeviceMesh | None = None,
         hook: Hook | None = reduce_scatter_hook,
     ) -> None:
@@ -626,6 +639,7 @@ class ZeroAdamW(ZeroAdam):
             store_param_remainders=store_param_remainders,
             state_dtype=state_dtype,
             ordered_sums=ordered_sums,
+            grad_dtype=grad_dtype,
             device_mesh=device_mesh,
             hook=hook,
         )

@@ -36,6 +36,7 @@ class Options:
     store_param_remainders: bool = False
     state_dtype: torch.dtype | None = None
     ordered_sums: bool = False
+    grad_dtype: torch.dtype | None = None
 
     def check(self) -> None:
         """Raise ValueError for values that are not supported."""
@@ -48,6 +49,8 @@ class Options:
             raise ValueError("store_param_remainders=True needs master_dtype=torch.float32")
         if self.state_dtype not in (None, torch.bfloat16, torch.uint8):
             raise ValueError(f"state_dtype is torch.bfloat16, torch.uint8 or None, not {self.state_dtype}")
+        if self.grad_dtype not in (None, torch.float32):
+            raise ValueError(f"grad_dtype is torch.float32 or None, not {self.grad_dtype}")
 
     def check_installed(self) -> None:
         """Raise ValueError where what a precision needs is missing."""

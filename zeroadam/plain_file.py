@@ -29,9 +29,10 @@ def save(obj: Any, file: str | os.PathLike[str], to: int = 0) -> None:
             the ranks of that place in all shard groups, and that in the first one writes.
 
     Raises:
-        what `torch.save` raises: on rank `to`, and a RuntimeError that names it on the others. The old file is there.
-        UserWarning, likewise: an optimizer is inside of something else, where it would be left out.
-        see `ZeroAdam.consolidate_state_dict`.
+        Exception: what `torch.save` raises, on rank `to`, and a RuntimeError that names it on the others. The old file
+            is there then.
+        UserWarning: likewise, where an optimizer is inside of something else, and would be left out.
+        RuntimeError: as `ZeroAdam.consolidate_state_dict`.
     """
     found = list(_optimizers_in(obj))
     optimizers = {id(optimizer): optimizer for _, optimizer in found}

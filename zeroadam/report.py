@@ -17,6 +17,7 @@ class StepReport:
     update: float  # seconds in Adam
     communication: float  # seconds in sending, waiting for other ranks and unpacking
     imbalance: float  # elements that the fullest rank updates, over the mean
+    sums: int = 0  # bytes of gradients' float32 sums on this rank, with `grad_dtype`
 
 
 class Meter:
@@ -34,9 +35,9 @@ class Meter:
         self.sent += sent
         self.received += received
 
-    def end_step(self, imbalance: float) -> None:
+    def end_step(self, imbalance: float, sums: int = 0) -> None:
         update = self.seconds.pop("update", 0.0)
-        self.last = StepReport(self.sent, self.received, update, sum(self.seconds.values()), imbalance)
+        self.last = StepReport(self.sent, self.received, update, sum(self.seconds.values()), imbalance, sums)
         self.seconds.clear()
         self.sent = self.received = 0
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from zeroadam.gather.param_bucket import ParamBucket, make_buckets, use_staging
 from zeroadam.layout.places import dtype_of, identical, places_of
 from zeroadam.layout.shard import shard_index
-from zeroadam.reduce.gradients import Gradients
-from zeroadam.reduce.ownership import Owner, Reduced, changes, check_reduced, mark_left, reduced_of
+from zeroadam.reduce.gradients import Gradients, Notes, find_notes
+from zeroadam.reduce.ownership import Owner, changes, check_reduced, mark_left
 from zeroadam.state.agreement import check_gradients, check_memory, check_supported
 from zeroadam.state.step_counts import StepCounts
 from zeroadam.state.storage import ParamState, Storage
@@ -64,8 +64,7 @@ class StepPlan:
         # For each bucket the updates of its parameters that have gradients, each with the index of its param group.
         self.updates: list[list[tuple[int, Update]]] = []
         self.gradients = Gradients()
-        # (parameter, gradient, note) of one parameter of each DDP bucket that reduce_scatter_hook has reduced.
-        self.reduced: list[tuple[Tensor, Tensor, Reduced]] = []
+        self.notes = Notes()  # what reduce_scatter_hook has summed
         # All parameters, trained or not; by their ids a number that is the same on all ranks; a digest of the layout.
         self.every: list[Tensor] = []
         self.numbers: dict[int, int] = {}
@@ -81,6 +80,7 @@ class StepPlan:
         self._state_seen: Any = None
         self._grads_seen: Any = None
         self._grad_places: Any = None  # of the last gradients
+        self._last_places: Any = None  # of those of the last step
         self._grad_moves = 0  # how often they were elsewhere after they had been remembered
         self.with_gradients: list[int] = []  # the positions of parameters that have some
         # The updates of the last few kinds of gradients: which parameters had some, of which dtypes, strides, divisors.
@@ -109,12 +109,14 @@ class StepPlan:
         grads = list(map(_grad_of, self.params))
         if not self._gradients_are_current(grads):
             self._take_gradients(grads, groups)
-        for param, grad, reduced in self.reduced:
+        for param, grad, reduced in self.notes.reduced:
             check_reduced(param, grad, reduced, self.storage.process_group, values=True)
 
     def accept_changes(self) -> None:
         """Take the gradients as they are now for what the hook wrote; for changes that all ranks make alike."""
-        for _, grad, reduced in self.reduced:
+        for grad, total in self.notes.sums.values():
+            total.show(grad)
+        for _, grad, reduced in self.notes.reduced:
             reduced.remember(grad)
 
     def accept(self, for_step: bool = True) -> None:
@@ -221,8 +223,13 @@ class StepPlan:
         self.with_gradients = indices = [index for index, grad in enumerate(grads) if grad is not None]
         params, some = [self.params[index] for index in indices], [grad for grad in grads if grad is not None]
         check_gradients(params, some)
-        divisors, all_reduced = self._check_notes(params, some)
+        group, ranks, dtype = self.storage.process_group, self.storage.ranks, self.storage.options.grad_dtype
+        self.notes = find_notes(params, some, group, ranks, dtype)
+        divisors, all_reduced = self.notes.divisors, self.notes.all_reduced
         pieces = some if self.world_size == 1 else [g[self._cuts[i]] for i, g in zip(indices, some, strict=True)]
+        sums = {position: one.total for position, (_, one) in self.notes.sums.items()}
+        if sums:
+            pieces = [sums.get(position, piece) for position, piece in enumerate(pieces)]
         kinds = tuple(indices), tuple(map(dtype_of, pieces)), tuple(map(Tensor.stride, pieces)), tuple(divisors)
         if kinds in self._made:
             self.updates, sources = self._made[kinds]
@@ -234,20 +241,26 @@ class StepPlan:
                 del self._made[next(iter(self._made))]
             self._made[kinds] = (self.updates, self._sources)
         self._release_updates(kinds)
-        self.gradients = Gradients(params, some, pieces, divisors, self.rank)
-        # Gradients in DDP's buckets are remembered: all that the hook has summed; without it views that are found in
-        # the same places twice, unless they keep moving, as DDP's do once. Others the user may want to free.
-        if all_reduced or all(grad._base is not None for grad in some):
-            places = places_of(some)
+        known = [sums.get(position, grad) for position, grad in enumerate(some)] if sums else some
+        self.gradients = Gradients(params, known, pieces, divisors, self.rank)
+        # Gradients in DDP's buckets are remembered where two steps find them in the same places, from the third on,
+        # as DDP lays its buckets out anew after the first. Without the hook they may be other views, which keep moving.
+        # All others the user, or DDP, may want to free.
+        places = places_of(some) if all_reduced or all(grad._base is not None for grad in some) else None
+        if places is not None:
             self._grad_moves += not (all_reduced or before is None or before[1] == places)
-            if all_reduced or (self._grad_moves <= 2 and places == self._grad_places):
+            if places == self._last_places and (all_reduced or self._grad_moves <= 2):
                 self._grads_seen = (list(grads), places, changes())
-            self._grad_places = places
+        self._grad_places = places
+
+    def end_step(self) -> None:
+        self._last_places = self._grad_places
+        self.release_gradients()
 
     def release_gradients(self) -> None:
         """Let go of gradients that the user may want to free before the next step."""
         if self._grads_seen is None:
-            self.gradients, self.reduced = Gradients(), []
+            self.gradients, self.notes = Gradients(), Notes()
             self._release_updates(None)
 
     def _release_updates(self, but: Any) -> None:
@@ -258,19 +271,6 @@ class StepPlan:
     def _forget_updates(self) -> None:
         self._grads_seen = None
         self._made.clear()
-
-    def _check_notes(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[int], bool]:
-        """What to divide each gradient by, as the hook has summed it over the ranks; and whether it has summed all."""
-        found: dict[int, tuple[Tensor, Tensor, Reduced]] = {}
-        divisors, noted = [1] * len(params), 0
-        for position, (param, grad) in enumerate(zip(params, grads, strict=True) if changes() else ()):
-            if (reduced := reduced_of(param)) is not None:
-                check_reduced(param, grad, reduced, self.storage.process_group)
-                found.setdefault(id(reduced), (param, grad, reduced))
-                divisors[position] = 1 if reduced.means or param.dim() == 0 else self.storage.ranks
-                noted += 1
-        self.reduced = list(found.values())
-        return divisors, noted == len(params)
 
     def _make_updates(
         self, indices: Sequence[int], pieces: Sequence[Tensor], divisors: Sequence[int], groups: Groups

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from patience import at_most
 
 ROOT = Path(__file__).parents[2]
 
 
-RUN_SECONDS = 200  # at most; alone on the machine some 20
+RUN_SECONDS = at_most(50)
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -45,7 +46,7 @@ def torchrun(world_size: int, *command: str, cwd: Path | None = None) -> subproc
             out, err = process.communicate(timeout=RUN_SECONDS)
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun ends its workers, which are sessions of their own
-            out, err = process.communicate(timeout=35)
+            out, err = process.communicate(timeout=at_most(35))
             pytest.fail(f"no end after {RUN_SECONDS} s:\n{out}\n{err}")
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
@@ -64,7 +65,7 @@ COMMAND = Path(sys.executable).with_name("zeroadam")
 
 
 def zeroadam(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run([COMMAND, *arguments], capture_output=True, text=True, timeout=at_most(30))
 
 
 def whole(folder: Path) -> list[Path]:
@@ -83,7 +84,7 @@ def newest_step(folder: Path) -> int:
 
 
 def until(what: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + at_most(seconds)
     while not what():
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.05)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, until
+from patience import at_most
 
 PROGRAMS = ("dockerd", "docker", "debootstrap")
 BASE = "python:3.11-slim-bookworm"
@@ -47,7 +48,7 @@ def engine() -> Iterator[dict[str, str]]:
             yield {**os.environ, "DOCKER_HOST": f"unix://{socket}"}
         finally:
             daemon.terminate()
-            daemon.wait(timeout=60)
+            daemon.wait(timeout=at_most(60))
             for line in Path("/proc/mounts").read_text().splitlines():
                 if (mounted := line.split()[1]).startswith(folder):
                     run("umount", mounted)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT, RUN_SECONDS, SMALL, TORCHRUN, environment, final, torchrun, until, whole, zeroadam
+from patience import at_most
 from soak import Agent, is_saving, kill, newest_step
 from state_checks import equal
 from train import GPT, batch, loss_of, read_text
@@ -104,7 +105,7 @@ def test_a_full_disk_is_reported_and_does_not_end_the_training(tmp_path: Path) -
     """A limit on the size of files stands in for it. The exit status tells that the last checkpoint is not there."""
     command = [*TORCHRUN, "--nproc-per-node=2", *TRAIN, "--steps", "20", "--checkpoint-dir", f"{tmp_path}/run"]
     limited = ["bash", "-c", 'ulimit -f 40; trap "" XFSZ; exec "$@"', "bash", *command, "--checkpoint-every", "10"]
-    done = subprocess.run(limited, capture_output=True, text=True, timeout=80, env=environment(tmp_path))
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=at_most(40), env=environment(tmp_path))
     assert done.returncode != 0
     assert done.stderr.count("no checkpoint of step ") == 2, done.stderr
     assert len(losses(done.stdout)) == 3
@@ -136,7 +137,7 @@ def test_twenty_kills_lose_nothing(tmp_path: Path) -> None:
             while_saving += saving and is_saving(shaken)
             agent.wait_for(lambda: set(agent.workers()).isdisjoint(workers))  # noqa: B023
             step = newest_step(shaken)
-        assert agent.process.wait(timeout=120) == 0, agent.log.read_text()[-5000:]
+        assert agent.process.wait(timeout=at_most(60)) == 0, agent.log.read_text()[-5000:]
     text = agent.log.read_text()
     assert text.count("resumed after step ") == KILLS
     assert while_saving >= KILLS // 4
@@ -188,7 +189,7 @@ def test_with_a_host_less_it_goes_on(tmp_path: Path) -> None:
             first.wait_for(lambda: newest_step(tmp_path / "elastic") >= 150)
             for pid in (second.process.pid, *second.workers()):
                 kill(pid)
-        assert first.process.wait(timeout=80) == 0, first.log.read_text()[-5000:]
+        assert first.process.wait(timeout=at_most(40)) == 0, first.log.read_text()[-5000:]
     text = first.log.read_text()
     assert "resumed after step" in text
     assert "written by 1 ranks" in zeroadam("inspect", str(whole(tmp_path / "elastic")[-1])).stdout

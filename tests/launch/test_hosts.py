@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import ROOT, SMALL, environment, final, newest_step, on_one_host, torchrun, until
 from hosts import Hosts, can_make_hosts
+from patience import at_most
 from train import GPT, batch, loss_of, read_text
 
 pytestmark = pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc for network namespaces")
@@ -39,7 +40,7 @@ def test_several_hosts_train_as_one_does(make_hosts: Callable[[int], Hosts], cou
         for i in reversed(range(count))
     ]
     for node in nodes:
-        assert node.wait(timeout=120) == 0, (tmp_path / "log0").read_text()
+        assert node.wait(timeout=at_most(60)) == 0, (tmp_path / "log0").read_text()
     found, expected = json.loads((tmp_path / "hosts.json").read_text()), on_one_host(count, tmp_path, *arguments)
     assert found["losses"] == expected["losses"]
     assert found["held_out"] == expected["held_out"]
@@ -55,7 +56,7 @@ def test_two_ranks_on_each_of_two_hosts(make_hosts: Callable[[int], Hosts], tmp_
         return [start(hosts, i, "2", tmp_path / f"log{i}", *arguments, *more, options=options) for i in range(2)]
 
     for node in start_both("--json", str(file)):
-        assert node.wait(timeout=120) == 0, (tmp_path / "log0").read_text()
+        assert node.wait(timeout=at_most(60)) == 0, (tmp_path / "log0").read_text()
     found, expected = json.loads(file.read_text()), on_one_host(4, tmp_path, *arguments)
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
 
@@ -97,10 +98,10 @@ def test_a_killed_worker_and_a_killed_head_cost_the_steps_since_the_last_checkpo
     os.kill(int(worker), signal.SIGKILL)
     until(lambda: log.read_text().count("resumed after step") == 1, 60)
     hosts.kill(0)
-    assert all(node.wait(timeout=60) != 0 for node in nodes)
+    assert all(node.wait(timeout=at_most(30)) != 0 for node in nodes)
     nodes = start_both()
     for index, node in enumerate(nodes):
-        assert node.wait(timeout=150) == 0, (tmp_path / f"log{index}").read_text()
+        assert node.wait(timeout=at_most(60)) == 0, (tmp_path / f"log{index}").read_text()
     assert log.read_text().count("resumed after step") == 2
     found = json.loads((tmp_path / "hosts.json").read_text())
     assert found["losses"] == on_one_host(2, tmp_path, *arguments)["losses"]
@@ -131,7 +132,7 @@ def test_a_host_that_is_cut_off_or_dies_comes_back(make_hosts: Callable[[int], H
     nodes[1] = start(hosts, 1, "1:2", tmp_path / "log1", *arguments, *own)
     until(lambda: worlds() == ["2", "1", "2", "1", "2"], 60)
     for index, node in enumerate(nodes):
-        assert node.wait(timeout=150) == 0, (tmp_path / f"log{index}").read_text()
+        assert node.wait(timeout=at_most(60)) == 0, (tmp_path / f"log{index}").read_text()
     assert newest_step(checkpoints) == 900
     found = [loss_after(checkpoints, size)]
     for world_size in (2, 1):

@@ -1,7 +1,6 @@
 """The training run and the README's code, started as a user starts them: by torchrun."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -9,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, SMALL, TORCHRUN, environment, output_of, torchrun
+from commands import ROOT, SMALL, TORCHRUN, environment, torchrun
 from hosts import can_make_hosts
+from patience import at_most
 
 
 def train(*options: str, world_size: int = 2) -> tuple[list[float], list[int]]:
@@ -100,30 +100,18 @@ def test_ctrl_c_ends_it_with_one_message(tmp_path: Path) -> None:
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment(tmp_path))
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + at_most(30)
         while "step/s" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.2)
         time.sleep(1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=40) != 0
+        assert process.wait(timeout=at_most(40)) != 0
     finally:
         process.terminate()
-        process.wait(timeout=40)
+        process.wait(timeout=at_most(40))
     text = log.read_text()
     assert text.count("interrupted") == 1, text
     assert 'launch/train.py", line' not in text, text
-
-
-PAGES = ("README.md", "docs/checkpoints.md", "docs/hosts.md")  # those in docs/frameworks.md have tests of their own
-SCRIPTS = [s for page in PAGES for s in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)]
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=range(len(SCRIPTS)))
-def test_the_scripts_on_the_pages_run(script: str, tmp_path: Path) -> None:
-    for framework in ("accelerate", "lightning"):
-        if f"import {framework}" in script or f"from {framework}" in script:
-            pytest.importorskip(framework)
-    output_of(script, tmp_path)
 
 
 TINY = ["--width", "64", "--layers", "1", "--context", "16", "--warmup", "1"]
@@ -166,7 +154,7 @@ def test_growth_is_drawn(tmp_path: Path) -> None:
 
 def test_the_benchmark_without_torchrun_says_how_to_start_it() -> None:
     command = [sys.executable, f"{ROOT}/launch/benchmark.py"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=at_most(30), check=False)
     assert done.returncode == 2
     assert "start it with torchrun" in done.stderr
 
@@ -177,7 +165,9 @@ def test_a_host_sends_every_row_once(hosts: int, ranks: int, tmp_path: Path) -> 
     """2 (H-1)/H elements per parameter and step, counted on its interface, to 1 %, however many ranks it has."""
     command = [sys.executable, f"{ROOT}/launch/benchmark_hosts.py", f"{hosts}x{ranks}", "5gbit", "--layers", "2"]
     command += ["--context", "16", "--steps", "3", "--json", f"{tmp_path}/numbers.json", "--only", *SHARDED[3:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment(tmp_path), check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=at_most(60), env=environment(tmp_path), check=False
+    )
     assert done.returncode == 0, done.stderr
     rows = {row["implementation"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
     sent = [ranks * rows[name]["sent, bytes/param"] for name in SHARDED[3:]]
@@ -202,7 +192,7 @@ def test_hosts_with_a_slow_network(tmp_path: Path) -> None:
         *SHARDED[1:],
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(tmp_path))
-    _, errors = process.communicate(timeout=110)
+    _, errors = process.communicate(timeout=at_most(60))
     assert process.returncode == 0, errors
     rows = {row["implementation"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
     sent = {name: row["sent, bytes/param"] for name, row in rows.items()}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, SMALL, environment, newest_step, on_one_host, until
 from hosts import Hosts, can_make_hosts
+from patience import at_most
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "nsenter", "unshare")
 pytestmark = pytest.mark.skipif(
@@ -89,7 +90,7 @@ class Cluster:
 
     def ask(self, *command: str) -> str:
         """What a command of Slurm prints, on the first host."""
-        return self.start(0, *command).communicate(timeout=30)[0]
+        return self.start(0, *command).communicate(timeout=at_most(30))[0]
 
     def remove(self) -> None:
         for daemon in self.daemons:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from patience import at_most
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -18,7 +20,7 @@ def verify(out: Path, *checks: str, **environment: str) -> subprocess.CompletedP
         "CUDA_VISIBLE_DEVICES": "",
         **environment,
     }
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=variables)
+    return subprocess.run(command, capture_output=True, text=True, timeout=at_most(100), env=variables)
 
 
 def test_what_runs_and_what_is_skipped_is_in_the_table(tmp_path: Path) -> None:

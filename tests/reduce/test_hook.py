@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from on_a_backend import BACKENDS, on_a_backend
+from patience import at_most
 from torch import Tensor, nn
 from torch.distributed.algorithms import Join
 from torch.nn.parallel import DistributedDataParallel
@@ -497,7 +498,7 @@ def test_join_with_gradients_zeroed_in_either_way(run_ranks, accumulate: bool) -
 def test_join_without_the_optimizer_is_refused(run_ranks) -> None:
     """The rank without inputs says so and ends, and with it the others, instead of waiting for it."""
     with pytest.raises(pytest.fail.Exception, match="rank 0:\nthe process died without an answer"):
-        run_ranks(uneven_refused, 2, "join", timeout=40)
+        run_ranks(uneven_refused, 2, "join", timeout=at_most(20))
 
 
 def two_optimizers() -> None:
@@ -749,7 +750,7 @@ def test_a_rank_killed_or_stopped_in_backward_ends_the_others(run_ranks, fault: 
     with pytest.raises(
         pytest.fail.Exception, match=r"(has ended|did not come within|closed by peer|reset by peer|[Tt]imed out)"
     ) as raised:
-        run_ranks(faulty, 3, fault, timeout=40)
+        run_ranks(faulty, 3, fault, timeout=at_most(20))
     assert time.monotonic() - start < 30
     assert "rank 0" in str(raised.value)
     assert "rank 2" in str(raised.value)

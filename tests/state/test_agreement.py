@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from patience import at_most
 from torch import nn
 from torch.distributed.tensor import distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -111,7 +112,7 @@ def disagree(case: str, message: str) -> None:
     ],
 )
 def test_ranks_that_disagree(run_ranks, case: str, message: str) -> None:
-    run_ranks(disagree, 3, case, message, timeout=20)
+    run_ranks(disagree, 3, case, message, timeout=at_most(20))
 
 
 def invalid() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from given_rows import rows_of
+from patience import at_most
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -247,8 +248,9 @@ def waits_in_vain(why: str, folder: str) -> None:
     if dist.get_rank() == 1:
         if why == "has ended":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(2)
-    transport_of(optimizer).timeout = 0.5
+        while not Path(folder, "raised").exists():
+            time.sleep(0.05)
+    transport_of(optimizer).timeout = 0.5 if why.startswith("did not") else at_most(10)
     with pytest.raises(RuntimeError, match=f"rank 1 of the process group {why}"):
         optimizer.step()
     Path(folder, "raised").touch()

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from given_rows import rows_of
+from patience import at_most
 from placed import ADAMW, HOOKS, Net, batch_of, expected_after, hosts_of, sum_over
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -163,7 +164,7 @@ def test_a_rank_killed_or_stopped_ends_all_others(
     start = time.monotonic()
     message = r"(has ended|did not come within|closed by peer|reset by peer|[Tt]imed out|lost another)"
     with pytest.raises(pytest.fail.Exception, match=message) as raised:
-        run_ranks(faulty, len(placement), fault, bad, where, timeout=40, hosts=placement)
+        run_ranks(faulty, len(placement), fault, bad, where, timeout=at_most(20), hosts=placement)
     assert time.monotonic() - start < (6 if fault == "SIGKILL" else 25)
     report = str(raised.value)
     for rank in range(len(placement)):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import at_most
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -240,7 +241,7 @@ def test_it_compiles_for_a_gpu_and_loads_16_bytes_at_a_time(tmp_path: Path, case
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", COMPILE, *case.split(), where]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=at_most(60))
     assert done.returncode == 0, done.stderr
     narrow = where == "gradient-off" and not case.startswith("fp32")
     assert done.stdout.split() == ["True", str(narrow)]

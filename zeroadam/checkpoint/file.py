@@ -12,7 +12,7 @@ def load_file(file: str | os.PathLike[str], *, mmap: bool = False) -> Any:
     """`torch.load` of a file of `torch.save` or `zeroadam.save`, which runs no code and refuses a damaged file.
 
     torch writes a checksum of every tensor into the file and does not look at it. Here the whole file is read and
-    compared first. On the CPU, as tensors [d0, ...] that `load_state_dict` cuts.
+    compared first. On the CPU, as tensors [d0, ...] of which `load_state_dict` takes this rank's share.
 
     Args:
         mmap: whether to map the file, so that only what is used is read into memory. It must stay as it is then.

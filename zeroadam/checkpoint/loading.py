@@ -52,13 +52,13 @@ def load(
     A collective. Every rank reads 1/W of the files to compare checksums, and then what it needs of them.
 
     Args:
-        state_dict: to load into, in place; of the structure that was saved. DTensors may have been cut otherwise.
+        state_dict: to load into, in place; of the structure that was saved. DTensors may have been sharded otherwise.
         checkpoint_id: a folder written by torch.distributed.checkpoint's FileSystemWriter, in its default format.
         process_group: all ranks by default.
 
     Raises:
-        ValueError or RuntimeError, on every rank: the folder holds no checkpoint, its files are missing, cut short or
-            damaged, an entry is missing or of another shape or dtype, or a param group holds other parameters.
+        ValueError: or a RuntimeError, on every rank: the folder holds no checkpoint, its files are missing, cut short
+            or damaged, an entry is missing or of another shape or dtype, or a param group holds other parameters.
     """
     plain = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()}
     group = joined_group(process_group)

@@ -30,7 +30,8 @@ class Manager:
 
     Saving copies this rank's part and returns; a thread writes it meanwhile. A folder gets its name when it is
     complete, so that a run which ends at any moment leaves whole ones. One that cannot be written, as on a full disk,
-    is a warning. Constructor and methods are collectives of all ranks; without torchrun there is one.
+    is a warning. Constructor and methods are collectives of all ranks, and raise on every rank; without torchrun there
+    is one.
 
     Each rank copies and writes its shards, 1/W of the parameters and of what else is the same on all ranks and belongs
     to a model or an optimizer; the first rank writes all else. Also each rank's state of torch's random numbers.
@@ -43,7 +44,7 @@ class Manager:
         per_rank: objects that have another state on each rank, such as a loader of data; see `objects`.
         objects: by their names in the checkpoint: models, optimizers, and what else has `load_state_dict()`.
 
-    Raises, on every rank:
+    Raises:
         ValueError: an object has no state_dict; an optimizer holds parameters of no model that is given; a folder that
             not all ranks see.
         RuntimeError: another run writes to the folder.
@@ -85,7 +86,7 @@ class Manager:
 
         Objects may change as soon as it returns.
 
-        Raises, on every rank:
+        Raises:
             ValueError: there is no folder; a step that is not behind the last one; an object that could not be loaded
                 again without running code.
             RuntimeError: ranks that disagree on what they save.
@@ -163,9 +164,9 @@ class Manager:
         Returns:
             its step; that is 0 if there is none yet, and for a path. All objects are as they were then.
 
-        Raises, on every rank:
-            ValueError or RuntimeError: there are checkpoints, and none of them can be loaded. All objects are as they
-                were, unless one of them has refused its state, which the message tells.
+        Raises:
+            ValueError: or a RuntimeError: there are checkpoints, and none of them can be loaded. All objects are as
+                they were, unless one of them has refused its state, which the message tells.
         """
         self.finish()
         failures: list[Exception] = []
@@ -202,7 +203,7 @@ class Manager:
     def close(self) -> None:
         """Wait for the last checkpoint, and let another run have the folder.
 
-        Raises, on every rank:
+        Raises:
             RuntimeError: the last one could not be written.
         """
         if self._ranks.closed:

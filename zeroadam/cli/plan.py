@@ -201,7 +201,8 @@ def draw(file: Path, rows: list[Row], hbm: float | None, title: str) -> None:
         most = [max(others or [0]) / 1e9 for _, _, others in rows]
         axis.scatter(places, most, marker="_", s=900, color="gray", label="ZeroRedundancyOptimizer")
     if hbm is not None:
-        axis.axhline(hbm / 1e9, color="red", linestyle="--", linewidth=1, label=f"{hbm / 1e9:g} GB")
+        # A colour that no part has.
+        axis.axhline(hbm / 1e9, color="magenta", linestyle="--", linewidth=2, label=f"limit: {hbm / 1e9:g} GB")
     axis.set_xticks(places, [str(len(ranks)) for ranks, _, _ in rows])
     axis.set(xlabel="ranks", ylabel="GB on the fullest rank", title=title)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

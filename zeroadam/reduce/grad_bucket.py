@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zeroadam.layout.packing import Packing, direct_rows
+from zeroadam.layout.packing import Packing, direct_rows, flat
 from zeroadam.layout.rows import Rows
+from zeroadam.reduce.float_sums import FloatSum, add_up, take
 from zeroadam.reduce.means import Means
 from zeroadam.reduce.ownership import Reduced, note
 from zeroadam.transport import Transport
@@ -49,6 +50,9 @@ class GradBucket:
         travels = ranks > 1 or dtype != grads[0].dtype
         packed = [g for g, rows in zip(grads, rows_of, strict=True) if travels and rows is None and g.numel()]
         self.packing = Packing(packed, self.world_size, self.rank, dtype)
+        # In the order of what a reduction gives: of those that travel directly, are packed, and do not travel.
+        order = sorted(range(len(grads)), key=lambda i: (rows_of[i] is None, not (travels and grads[i].numel())))
+        self.float_sums: list[FloatSum] = [reduced.sums[id(params[i])] for i in order if reduced.sums]
         self.zero_dim = [grad for grad in grads if grad.dim() == 0]
         own = [rows.numels[self.rank] for rows in self.direct]
         row_numels = self.packing.sent_numels(transport.rules)
@@ -66,12 +70,26 @@ class GradBucket:
         ]
         # (sent, received) by this rank: it sends each of the others its row.
         self.bytes_moved = (sum(sizes) - sizes[self.rank], (self.world_size - 1) * sizes[self.rank])
+        self.totals, self.shown = (
+            list[Tensor](),
+            list[Tensor](),
+        )  # the float32 sums, and what the gradients show of them
+        for i, one in zip(order, self.float_sums, strict=False):
+            rows = rows_of[i]
+            self.totals.append(one.total if rows is None else flat(one.total))
+            self.shown.append(grads[i][one.cut] if rows is None else rows[self.rank])
         self.noted = -1  # `reduced.lost` when it was noted for all parameters
 
     def start(self, memory: Tensor) -> None:
         """Pack, send and receive; `memory` is uint8, [memory_bytes] or more, and in use until `finish`."""
         if memory is not self.memory:
             self._use(memory)
+        for param in self.params if self.float_sums else ():
+            one = self.reduced.sums[id(param)]
+            if one.shown:  # this backward has nothing for it
+                take(param)
+            if one.refused:
+                raise RuntimeError(one.refused)
         if self.means is not None:
             self.means.divide(self.params, self.grads)
         self.packing.pack()
@@ -92,13 +110,19 @@ class GradBucket:
     def finish(self) -> None:
         """Wait, and leave the sums in this rank's pieces of the gradients, zero elsewhere, means in 0-d ones."""
         sums = self.sums()
-        for own, total in zip(self.own, sums, strict=False):
+        if self.float_sums:
+            parts = [*sums[: len(self.direct)], *(self.packing.slots_of(sums[-1]) if self.packing.tensors else ())]
+            add_up(self.float_sums, self.totals, [*parts, *self.shown[len(parts) :]])
+        for own, total in zip(self.own, self.totals or sums, strict=False):
             if total.data_ptr() != own.data_ptr():
                 own.copy_(total)
         if self.others and not self.transport.clears_others:
             torch._foreach_zero_(self.others)
         if self.packing.tensors:
             self.packing.keep_own(sums[-1])
+        if self.float_sums:
+            count = len(self.direct)
+            torch._foreach_copy_(self.shown[count:], self.totals[count:])
         if self.zero_dim and self.ranks > 1:
             if self.means is None:
                 torch._foreach_div_(self.zero_dim, self.ranks)

@@ -25,7 +25,11 @@ class GradScaler(torch.amp.GradScaler):
         begin(optimizer, "GradScaler.unscale_")  # raises if something else has changed the gradients
         super().unscale_(optimizer)
         found: dict[torch.device, torch.Tensor] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-        for found_inf in found.values():
+        sums = [one.total for _, one in optimizer._plan.notes.sums.values()]
+        for device, found_inf in found.items():
+            if some := [total for total in sums if total.device == device]:
+                inverse = self.scale(torch.ones((), dtype=torch.float64, device=device)).reciprocal().float()
+                torch._amp_foreach_non_finite_check_and_unscale_(some, found_inf, inverse)
             reduce_number(found_inf, dist.ReduceOp.MAX, optimizer.process_group)
         end(optimizer)
 

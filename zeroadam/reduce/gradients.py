@@ -1,11 +1,58 @@
-"""The gradients of a step, as lists of those that are alike."""
+"""The gradients of a step: what the hook has summed of them, and lists of those that are alike."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from zeroadam.reduce.float_sums import FloatSum
+from zeroadam.reduce.ownership import Reduced, changes, check_reduced, reduced_of
+
+
+class Notes(NamedTuple):
+    """What `reduce_scatter_hook` has noted about some gradients."""
+
+    reduced: Sequence[tuple[Tensor, Tensor, Reduced]] = ()  # of one parameter of each DDP bucket: with its gradient
+    sums: Mapping[int, tuple[Tensor, FloatSum]] = MappingProxyType({})  # by position: p.grad, and what is summed apart
+    divisors: Sequence[int] = ()  # of each, as it is a sum over the ranks
+    all_reduced: bool = False  # whether it has summed all of them
+
+
+def find_notes(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    process_group: dist.ProcessGroup,
+    ranks: int,
+    grad_dtype: torch.dtype | None,
+) -> Notes:
+    """Of parameters and their gradients, [d0, ...] each, summed over `ranks`.
+
+    Raises:
+        RuntimeError: something else has changed a gradient since, or one was not summed in `grad_dtype`.
+    """
+    found: dict[int, tuple[Tensor, Tensor, Reduced]] = {}
+    sums: dict[int, tuple[Tensor, FloatSum]] = {}
+    divisors, noted = [1] * len(params), 0
+    for position, (param, grad) in enumerate(zip(params, grads, strict=True) if changes() else ()):
+        if (reduced := reduced_of(param)) is not None:
+            check_reduced(param, grad, reduced, process_group)
+            found.setdefault(id(reduced), (param, grad, reduced))
+            if id(param) in reduced.sums:
+                sums[position] = grad, reduced.sums[id(param)]
+            divisors[position] = 1 if reduced.means or (param.dim() == 0 and position not in sums) else ranks
+            noted += 1
+    for position, param in enumerate(params if grad_dtype is not None else ()):
+        if param.itemsize < 4 and position not in sums:
+            raise RuntimeError(
+                f"the gradient of a parameter of shape {tuple(param.shape)} was not summed in {grad_dtype}, which only "
+                "a hook of this optimizer does: model.register_comm_hook(optimizer, reduce_scatter_hook) before the "
+                "first backward, or build the optimizer without grad_dtype"
+            )
+    return Notes(list(found.values()), sums, divisors, noted == len(params))
 
 
 class Alike(NamedTuple):

@@ -25,10 +25,12 @@ from torch.optim.optimizer import ParamsT
 from zeroadam._compat import current_graph_task_id, queue_callback
 from zeroadam.layout.packing import direct_rows, is_dense, split_by_size, staged_bytes
 from zeroadam.layout.shard import shard
+from zeroadam.reduce.float_sums import find_sums
 from zeroadam.reduce.grad_bucket import GradBucket
 from zeroadam.reduce.join import SumsInJoin, in_join
 from zeroadam.reduce.means import Means
 from zeroadam.reduce.ownership import Owner, Reduced, held_params, owners_of, reduced_of
+from zeroadam.reduce.side_stream import SideStreams
 from zeroadam.report import Meter
 from zeroadam.transport import Transport, Transports
 from zeroadam.transport.calls import BACKWARD
@@ -48,8 +50,9 @@ def reduce_scatter_hook(optimizer: Owner | None, bucket: dist.GradBucket) -> tor
     are the sum over the ranks, on gloo taken in rank order and float32, and the rest zero. 0-d: the mean. On several
     hosts with several ranks that is host by host, see `zeroadam.transport.two_level`.
 
-    Raises, from `backward()`:
-        RuntimeError: `gradient_as_bucket_view=False`, a parameter of no such optimizer, or `model.join()` without it.
+    Raises:
+        RuntimeError: from `backward()`: `gradient_as_bucket_view=False`, a parameter of no such optimizer, or
+            `model.join()` without it.
     """
     return _reduce(optimizer, bucket, None)
 
@@ -74,8 +77,11 @@ def _reduce(
 class Reduction:
     """What is being reduced, a few MB at a time, while backward goes on."""
 
-    def __init__(self, process_group: dist.ProcessGroup, transports: Transports, meter: Meter) -> None:
+    def __init__(
+        self, process_group: dist.ProcessGroup, transports: Transports, meter: Meter, grad_dtype: torch.dtype | None
+    ) -> None:
         self.process_group, self.transports, self.meter = process_group, transports, meter
+        self.grad_dtype = grad_dtype
         self.under_way: deque[GradBucket] = deque()
         self.finished: list[GradBucket] = []
         self.backward = -1  # the last one seen, by its number in the autograd engine
@@ -85,6 +91,7 @@ class Reduction:
         self.seen: set[int] = set()
         self.started = 0  # staged parts in this backward; by which memory is chosen, alike on all ranks
         self.memory: dict[tuple[torch.device, int], Tensor] = {}
+        self.streams = SideStreams()
         self.sums_in_join, self.means = SumsInJoin(self._fail), Means(process_group)
         # In `Join`, what a rank without inputs gets for its pieces: DDP does not put it into p.grad there.
         self.joined: list[tuple[Tensor, Tensor]] = []
@@ -110,13 +117,15 @@ class Reduction:
             parts = self._parts(bucket, wire_dtype)
             if not self.joined:
                 self.transports.begin(BACKWARD)
+            for one in (one for part in parts for one in part.float_sums):
+                one.restart()  # what this rank may have had before is no part of what the others sum
             self.joined += [pair for part in parts for pair in zip(part.params, part.grads, strict=True)]
         else:
             raise RuntimeError(
                 "model.join() leaves out the optimizer, to which ranks without inputs must contribute as well: "
                 "use torch.distributed.algorithms.Join([model, optimizer])"
             )
-        with self._ends_together():
+        with self._ends_together(), self.streams.beside(bucket.buffer().device):
             for part in parts:
                 while part.staged and sum(other.staged for other in self.under_way) == STAGING_SLOTS:
                     self._finish_first()
@@ -135,7 +144,9 @@ class Reduction:
         """Finish all that is under way, and remember what the gradients are now."""
         with self._ends_together():
             while self.under_way:
-                self._finish_first()
+                with self.streams.beside(self.under_way[0].grads[0].device):
+                    self._finish_first()
+            self.streams.join()
         for part in self.finished:
             part.remember()
             self.sums_in_join.note(part.params)
@@ -231,7 +242,8 @@ class Reduction:
         strides = {id(param): grad.stride() for param, grad in grads.items()}
         # Where the backend adds, which also sums otherwise on every rank, it does so in the dtype of the gradients.
         means = buffer.dtype == torch.float16 and not transport.same_on_all_ranks
-        reduced = Reduced(buffer.untyped_storage().data_ptr(), self.process_group.group_name, own, strides, means)
+        sums = find_sums(grads, self.process_group, self.transports.size, self.grad_dtype is not None)
+        reduced = Reduced(buffer.untyped_storage().data_ptr(), self.process_group.group_name, own, strides, means, sums)
         common = (self.process_group, transport, wire_dtype, reduced, self.means, self.transports.size)
         return [GradBucket(params, [grads[p] for p in params], *common) for params in runs]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.algorithms import Joinable, JoinHook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from zeroadam.reduce.float_sums import sum_of
 from zeroadam.reduce.ownership import Owner, reduced_of
 
 
@@ -96,7 +97,8 @@ class SumsInJoin:
         param, owner = param_ref(), owner_ref()
         if param is None or owner is None or id(param) not in self._summed or not in_join(owner):
             return
-        if param.grad is not None and param.grad.any():
+        total = sum_of(param)
+        if param.grad is not None and (param.grad.any() or (total is not None and total.begun and total.total.any())):
             self.fail(
                 "in Join a backward would add to gradients of an earlier one, which ranks without inputs have no "
                 "more: call optimizer.zero_grad() after each step, and accumulate in model.no_sync()"

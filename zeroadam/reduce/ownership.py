@@ -7,7 +7,7 @@ clipping by this rank's norm. That would be wrong in silence. So the hook notes 
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -49,6 +49,7 @@ class Reduced:
         pieces: of the gradients, [c, ...] each, in the memory of the bucket.
         strides: of the gradients, by the id of the parameter.
         means: whether the pieces are means, not sums (see `zeroadam.reduce.means`).
+        sums: by the id of the parameter, each `zeroadam.reduce.float_sums.FloatSum` that the gradients show rounded.
     """
 
     def __init__(
@@ -58,9 +59,11 @@ class Reduced:
         pieces: Sequence[Tensor],
         strides: dict[int, tuple[int, ...]],
         means: bool = False,
+        sums: Mapping[int, Any] | None = None,
     ) -> None:
-        self.means = means
+        self.means, self.sums = means, sums or {}
         self.storage, self.version, self.group_name, self.strides = storage, -1, group_name, strides
+        self._seen = -1, False  # the backward before which the gradients were looked at, and whether they were whole
         self.lost = 0  # how many of its parameters have been reduced in another DDP bucket since
         # Not the pieces themselves, which would keep the memory of the bucket alive.
         self._places = [(tuple(p.shape), p.stride(), int(p.storage_offset())) for p in pieces if p.is_cpu and p.numel()]
@@ -69,6 +72,12 @@ class Reduced:
 
     def still_in(self, grad: Tensor) -> bool:
         return grad.untyped_storage().data_ptr() == self.storage and grad._version == self.version
+
+    def is_whole(self, grad: Tensor, backward: int) -> bool:
+        """Whether a gradient is what the hook wrote, before a backward adds to it. The first look is at all of them."""
+        if backward == -1 or self._seen[0] != backward:
+            self._seen = backward, self.still_in(grad) and self.has_its_values(grad)
+        return self._seen[1] and grad.untyped_storage().data_ptr() == self.storage
 
     def remember(self, grad: Tensor) -> None:
         """Take a gradient of the bucket, and all others, for what the hook wrote."""
@@ -168,14 +177,19 @@ def accept_zeroing(params: Iterable[Tensor]) -> Callable[[], None]:
     The gradients of a DDP bucket share their version counter, so zeroing some of them looks like a change of all.
     """
     unchanged: dict[int, tuple[Tensor, Reduced]] = {}
+    sums = []  # of gradients, in float32
     for param in params:
         reduced = reduced_of(param)
-        if reduced is not None and param.grad is not None and reduced.still_in(param.grad):
-            unchanged[id(reduced)] = (param.grad, reduced)
+        if reduced is not None and param.grad is not None:
+            sums += [reduced.sums[id(param)]] if id(param) in reduced.sums else []
+            if reduced.still_in(param.grad):
+                unchanged[id(reduced)] = (param.grad, reduced)
 
     def accept() -> None:
         for grad, reduced in unchanged.values():
             reduced.remember(grad)
+        for one in sums:
+            one.zero()
 
     return accept
 

@@ -1,14 +1,15 @@
 """The transport of hybrid sharding: rows travel inside a shard group, and their sums are added up over its replicas.
 
 A reduction is that of the shard group, then an all-reduce of what this rank owns, with the ranks of the same place in
-the other shard groups: each of R replicas gets 1/R of the row, adds it up in their order, and gives the sum to all, so
-that all have the same bits. Two threads of each rank do this under backward, one inside the shard group and one across,
-where a few MB after the other are under way at once. A gather stays inside the shard group.
+the other shard groups. Over sockets and where it sends no more bytes, as with two replicas, each gets the rows of all
+and adds them up. Otherwise each of R replicas gets 1/R of the row, adds it up, and gives the sum to all. Both add in
+the order of the replicas, so that all have the same bits. Two threads of each rank do this under backward, one inside
+the shard group and one across, where a few MB after the other are under way at once. A gather stays inside the shard
+group.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from zeroadam.transport.jobs import Job, start_thread
 from zeroadam.transport.pool import Pool
 from zeroadam.transport.shared_memory import SharedMemory
 
+RUN_BYTES = 2 * 2**20  # of this rank's rows: when so many have been added up in the shard group, they cross
 BLOCK_BYTES = 4 * 2**20  # of sums, that are added up over the replicas together
 
 Inner = Gloo | SharedMemory | Alone
@@ -99,18 +101,48 @@ class Hybrid:
     def prepare_reduce(
         self, exchanges: Sequence[Rows], scratch: Sequence[Sequence[Tensor]]
     ) -> Callable[[], Callable[[], list[Tensor]]]:
+        # A few MB after the other, so that the first cross while the next are added up in the shard group.
+        starts, first, nbytes = [], 0, 0
+        for index, rows in enumerate(exchanges, start=1):
+            nbytes += max(rows.numels) * rows.memory.itemsize
+            if nbytes >= RUN_BYTES or index == len(exchanges):
+                starts.append(self._prepare_run(exchanges[first:index], scratch[first:index]))
+                first, nbytes = index, 0
+
+        def start() -> Callable[[], list[Tensor]]:
+            finishes = [start() for start in starts]
+            return lambda: [row for finish in finishes for row in finish()]
+
+        return start
+
+    def _prepare_run(
+        self, exchanges: Sequence[Rows], scratch: Sequence[Sequence[Tensor]]
+    ) -> Callable[[], Callable[[], list[Tensor]]]:
         reduce = self.shards.prepare_reduce(exchanges, scratch)
+        dtype = exchanges[0].memory.dtype
+        wire = torch.float32 if self.exact and dtype.itemsize < 4 else dtype
+        total = wire if wire.itemsize >= 4 else torch.float32
+        swaps = isinstance(self.replicas, Gloo) and self.count * wire.itemsize <= wire.itemsize + total.itemsize
 
         def start() -> Callable[[], list[Tensor]]:
             own: list[Tensor] = []  # sums of the shard group
             sums: list[Tensor] = []
-            across = Job([partial(self._across, own, sums, exchanges[0].memory.dtype)], _ignore)
+            swapped: list[Callable[[], None]] = []
 
             def inside() -> None:
                 own.extend(reduce()())
+                sums.extend(row if row.itemsize >= 4 else torch.empty_like(row, dtype=torch.float32) for row in own)
+                if swaps:  # the next row is sent while this one is waited for
+                    swapped.append(self._swap(own, sums, wire))
                 self.crossing.put(across)
 
-            job = Job([inside], _ignore)
+            def outside() -> None:
+                if swaps:
+                    swapped.pop()()
+                else:
+                    self._reduce_and_gather(own, sums, wire, total)
+
+            job, across = Job([inside], _ignore), Job([outside], _ignore)
             self.jobs.put(job)
 
             def finish() -> list[Tensor]:
@@ -122,12 +154,36 @@ class Hybrid:
 
         return start
 
-    def _across(self, own: list[Tensor], sums: list[Tensor], dtype: torch.dtype) -> None:
-        """The sums of `own` over the replicas: in the same memory, or in float32 for lower precisions."""
-        sums += [row if row.itemsize >= 4 else torch.empty_like(row, dtype=torch.float32) for row in own]
+    def _swap(self, own: list[Tensor], sums: list[Tensor], wire: torch.dtype) -> Callable[[], None]:
+        """Start to send this rank's sums to all replicas; gives a function that adds theirs up into `sums`."""
         numels = [row.numel() for row in own]
-        wire = torch.float32 if self.exact and dtype.itemsize < 4 else dtype
-        total = wire if wire.itemsize >= 4 else torch.float32
+        numel, dtype = sum(numels), torch.float32 if wire.itemsize < 4 else wire
+        memory = self.pool.take(self.count * numel * wire.itemsize)
+        flat = memory.view(wire)[: self.count * numel]
+        rows = list(flat.view(self.count, numel))
+        if own:
+            torch._foreach_copy_(list(rows[self.replica].split(numels)), own)
+        runs = [(start, stop) for start, stop, _ in _blocks(numel, BLOCK_BYTES // wire.itemsize, self.count)]
+        blocks = [Rows(flat[start:], numel, [stop - start] * self.count) for start, stop in runs]
+        waits = self.replicas.prepare_gather(blocks)()
+
+        def finish() -> None:
+            total = rows[0] if dtype == wire else torch.empty(numel, dtype=dtype)
+            for (start, stop), wait in zip(runs, waits, strict=True):
+                wait()
+                if dtype != wire:
+                    total[start:stop].copy_(rows[0][start:stop])
+                for row in rows[1:]:
+                    total[start:stop] += row[start:stop]
+            if own:
+                torch._foreach_copy_(sums, list(total.split(numels)))
+            self.pool.give_back(memory)
+
+        return finish
+
+    def _reduce_and_gather(self, own: list[Tensor], sums: list[Tensor], wire: torch.dtype, total: torch.dtype) -> None:
+        """The sums of `own` over the replicas, each of which adds up a part of the rows."""
+        numels = [row.numel() for row in own]
         runs = list(_blocks(sum(numels), BLOCK_BYTES // total.itemsize, self.count))
         mine = [pieces[self.replica] for _, _, pieces in runs]
         needed = [(sum(numels), wire), (self.replicas.senders * sum(mine), wire), (sum(numels), total)]

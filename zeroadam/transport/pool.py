@@ -12,7 +12,10 @@ class Pool:
 
     def take(self, nbytes: int) -> Tensor:
         """uint8 [nbytes] or more; the caller gives it back, unless something may still write to it."""
-        memory = self.free.pop() if self.free else torch.empty(0, dtype=torch.uint8)
+        try:  # other threads may take as well
+            memory = self.free.pop()
+        except IndexError:
+            memory = torch.empty(0, dtype=torch.uint8)
         return memory if memory.numel() >= nbytes else torch.empty(-(-nbytes // 64) * 64, dtype=torch.uint8)
 
     def give_back(self, memory: Tensor) -> None:

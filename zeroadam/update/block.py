@@ -101,6 +101,8 @@ class Block:
         self.sums = memory[: sum(self.params[i].numel() for i in divided)]
         self.divisor = divisors[divided[0]] if divided else 1
         self.divide_on_the_way = len(self.copied) == len(divided) == 1 and fit[divided[0]]
+        # Sums in float32 for Adam in fewer bits are divided before they are rounded.
+        self.wide = any(grads[i].itemsize > self.compute.itemsize for i in divided)
 
     def use(self, grads: Sequence[Tensor]) -> None:
         """Take other gradients: one for each piece."""
@@ -140,6 +142,9 @@ class Block:
                 torch.mul(self.sources[0], factor, out=self.copies[0])
             else:
                 torch.div(self.sources[0], self.divisor, out=self.copies[0])
+            return
+        if self.wide:
+            torch._foreach_copy_(self.copies, torch._foreach_div(self.sources, self.divisor))
             return
         if self.copies:
             torch._foreach_copy_(self.copies, self.sources)
