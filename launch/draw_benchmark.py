@@ -45,7 +45,7 @@ def bars(file: Path, runs: list[tuple[str, list[dict[str, Any]]]]) -> None:
         exchanged.set(xlabel="bytes exchanged per parameter and rank")
         if any(shared):
             hatched = Patch(facecolor=OURS, hatch="////", edgecolor="white", label="through shared memory")
-            exchanged.legend(handles=[Patch(color="gray", label="through sockets"), hatched], loc="lower right")
+            exchanged.legend(handles=[Patch(color="gray", label="through sockets"), hatched], loc="upper right")
 
         peak.bar_label(peak.barh(names, [row["peak, MB"] for row in rows], color=colors), fmt="%.0f", padding=3)
         peak.set(xlabel="peak memory per rank, MB (10⁶ bytes)")
@@ -53,7 +53,8 @@ def bars(file: Path, runs: list[tuple[str, list[dict[str, Any]]]]) -> None:
         time.invert_yaxis()
         for axis in (time, exchanged, peak):
             _plain(axis)
-        exchanged.margins(x=0.55 if any(shared) else 0.2)
+        # Not by a margin, which bars of no width would stop; and room for the legend beside the short bars at the top.
+        exchanged.set_xlim(0, (1.6 if any(shared) else 1.2) * (max(map(sum, zip(sent, shared, strict=True))) or 1))
         part.suptitle(", ".join(title.split(", ")[:2]), weight="bold")
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

@@ -8,7 +8,6 @@ that nobody disturbed, or the program says how and exits with 1. The folder of a
 
 import argparse
 import importlib
-import multiprocessing
 import os
 import random
 import resource
@@ -22,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,7 +43,7 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-class Forked(multiprocessing.get_context("fork").Process):  # type: ignore[name-defined]
+class Forked(ForkProcess):
     """torchrun, and workers that are forked from it, with the modules that this process has imported.
 
     It has what the program needs of subprocess.Popen.
@@ -135,7 +135,8 @@ class Agent:
                 self.process.wait()
 
 
-def kill(pid: int, number: int = signal.SIGKILL) -> None:
+def kill(pid: int | None, number: int = signal.SIGKILL) -> None:
+    assert pid, "it has been started"
     with suppress(ProcessLookupError):
         os.kill(pid, number)
 

@@ -461,10 +461,10 @@ class ZeroAdam(torch.optim.Adam, Joinable):
     def state_dict(self, *, sharded: bool = False) -> dict[str, Any]:
         """As in `torch.optim.Optimizer`. No communication. On more than one rank it is
 
-            what torch's Adam has, before the first step: no state;
-            the whole state, plain, on the rank to which `consolidate_state_dict` has gathered it, until the next step;
-            the very tensors of this rank's state, for torch.distributed.checkpoint, which may call this itself, or with
-            `sharded=True`: for `dcp.save` and `load_state_dict`, not for `torch.save`, which raises.
+        - what torch's Adam has, before the first step: no state;
+        - the whole state, plain, on the rank to which `consolidate_state_dict` has gathered it, until the next step;
+        - the very tensors of this rank's state, for torch.distributed.checkpoint, which may call this itself, or with
+          `sharded=True`: for `dcp.save` and `load_state_dict`, not for `torch.save`, which raises.
 
         Raises:
             RuntimeError: none of these. A file with 1/W of the state would replace one that was whole.

@@ -1,12 +1,12 @@
 """Reduce-scatter in place of DistributedDataParallel's all-reduce, as a communication hook.
 
 After backward, `p.grad` holds the SUM over the ranks in the piece that this rank owns, and zero elsewhere. A sum and
-not the mean, so that another backward still adds up: the owner has S1 + g, the others 0 + g, and their sum is S1 + S2.
-`step()` divides by W. A 0-d parameter belongs to all ranks and has the mean on all: W times S1 / W adds up as well.
-In float16, where the backend itself adds, the owner has the mean: see `zeroadam.reduce.means`.
+not the mean, so that another backward still adds up: the owner has S1 + g, the others 0 + g, their sum is S1 + S2, and
+`step()` divides by W. A 0-d parameter belongs to all ranks and has the mean on all: W times S1 / W adds up. In float16,
+where the backend itself adds, the owner has the mean: see `zeroadam.reduce.means`.
 
-Messages are under way while backward goes on and finished by a callback at its end. The future handed to DDP is
-complete from the start: it only tells DDP where the gradients are, which is where they were.
+Messages are under way during backward and finished by a callback at its end. The future handed to DDP is complete from
+the start: it only tells DDP where the gradients are, which is where they were.
 """
 
 import contextlib
@@ -43,16 +43,13 @@ PART_BYTES, WHOLE_BYTES = 25 * 2**20, 40 * 2**20  # a bucket of DDP's usual size
 def reduce_scatter_hook(optimizer: Owner | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Sum gradients onto the rank that owns them: `model.register_comm_hook(optimizer, reduce_scatter_hook)`.
 
-    The model is a DistributedDataParallel with `gradient_as_bucket_view=True` on the optimizer's process group; all its
-    trained parameters are held by this optimizer or others of that group. Register it before the first backward. None
-    for the optimizer means the one that holds the bucket, where it does not exist yet when the hook is registered.
-    Each rank sends (W-1)/W of the gradients' bytes per backward. p.grad: [d0, ...] -> [d0, ...], of which [c, ...]
-    are the sum over the ranks, on gloo taken in rank order and float32, and the rest zero. 0-d: the mean. On several
-    hosts with several ranks that is host by host, see `zeroadam.transport.two_level`.
+    The model is a DistributedDataParallel with `gradient_as_bucket_view=True`, whose trained parameters are held by
+    this optimizer or others of its process group. Register it before the first backward. None for the optimizer: that
+    which holds the bucket. Each rank sends (W-1)/W of the gradients' bytes per backward. p.grad: [d0, ...], of which
+    [c, ...] are the sum over the ranks, on gloo in rank order (host by host) and float32, the rest zero. 0-d: the mean.
 
     Raises:
-        RuntimeError: from `backward()`: `gradient_as_bucket_view=False`, a parameter of no such optimizer, or
-            `model.join()` without it.
+        RuntimeError: in `backward()`: no `gradient_as_bucket_view`, a parameter of no such optimizer, `model.join()`.
     """
     return _reduce(optimizer, bucket, None)
 

@@ -34,7 +34,8 @@ def joined_group(process_group: Any) -> dist.ProcessGroup:
     if not dist.is_initialized():
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise RuntimeError(
-                "there is no process group: call torch.distributed.init_process_group() before building the optimizer"
+                "there is no process group: call torch.distributed.init_process_group() before building the optimizer; "
+                "Accelerator() and transformers' TrainingArguments() do so: build it after them"
             )
         return cast(dist.ProcessGroup, OneProcess())
     outside = process_group is dist.GroupMember.NON_GROUP_MEMBER
