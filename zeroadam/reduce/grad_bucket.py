@@ -68,8 +68,14 @@ class GradBucket:
             dtype.itemsize * (row_numels[r] + sum(rows.numels[r] for rows in self.direct))
             for r in range(self.world_size)
         ]
-        # (sent, received) by this rank: it sends each of the others its row.
-        self.bytes_moved = (sum(sizes) - sizes[self.rank], (self.world_size - 1) * sizes[self.rank])
+        # (sent, received) by this rank: it sends each of the others its row; then replicas reduce and gather its own.
+        replicas, own_bytes = ranks // self.world_size, sizes[self.rank]
+        total_bytes = own_bytes * max(1, 4 // dtype.itemsize) if replicas > 2 else own_bytes
+        across = (own_bytes + total_bytes) * (replicas - 1) // replicas
+        self.bytes_moved = (
+            sum(sizes) - sizes[self.rank] + across,
+            (self.world_size - 1) * sizes[self.rank] + across,
+        )
         self.totals, self.shown = (
             list[Tensor](),
             list[Tensor](),

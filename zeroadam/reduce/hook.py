@@ -30,6 +30,7 @@ from zeroadam.reduce.grad_bucket import GradBucket
 from zeroadam.reduce.join import SumsInJoin, in_join
 from zeroadam.reduce.means import Means
 from zeroadam.reduce.ownership import Owner, Reduced, held_params, owners_of, reduced_of
+from zeroadam.reduce.replicas import ReplicaSums
 from zeroadam.reduce.side_stream import SideStreams
 from zeroadam.report import Meter
 from zeroadam.transport import Transport, Transports
@@ -86,6 +87,7 @@ class Reduction:
         self.started = 0  # staged parts in this backward; by which memory is chosen, alike on all ranks
         self.memory: dict[tuple[torch.device, int], Tensor] = {}
         self.streams = SideStreams()
+        self.replicas = ReplicaSums(group, transports.replica, self._fail)
         self.sums_in_join, self.means = SumsInJoin(self._fail), Means(group)
         # In `Join`, what a rank without inputs gets for its pieces: DDP does not put it into p.grad there.
         self.joined: list[tuple[Tensor, Tensor]] = []
@@ -121,6 +123,7 @@ class Reduction:
             )
         with self._ends_together(), self.streams.beside(bucket.buffer().device):
             for part in parts:
+                self.replicas.empty(part.params)
                 while part.staged and sum(other.staged for other in self.under_way) == STAGING_SLOTS:
                     self._finish_first()
                 with self.meter.phase("reduce_scatter"):
@@ -144,8 +147,8 @@ class Reduction:
         for part in self.finished:
             part.remember()
             self.sums_in_join.note(part.params)
-        self.finished.clear()
-        self.started = 0
+            self.replicas.note(part.params)
+        self.finished, self.started = [], 0
 
     @contextlib.contextmanager
     def _ends_together(self) -> Iterator[None]:

@@ -139,6 +139,7 @@ class Transports:
         self.process_group, self.ordered_sums, self.calls = process_group, ordered_sums, Calls()
         self.groups, self.told = groups, False
         self.size = process_group.size() * (groups.replicas.size() if groups is not None else 1)
+        self.replica = groups.replicas.rank() if groups is not None else 0
         self._chosen: dict[str, Transport] = {}
 
     def of(self, device: torch.device) -> Transport:

@@ -1,15 +1,17 @@
 """The transport of hybrid sharding: rows travel inside a shard group, and their sums are added up over its replicas.
 
 A reduction is that of the shard group, then an all-reduce of what this rank owns, with the ranks of the same place in
-the other shard groups. Over sockets and where it sends no more bytes, as with two replicas, each gets the rows of all
-and adds them up. Otherwise each of R replicas gets 1/R of the row, adds it up, and gives the sum to all. Both add in
-the order of the replicas, so that all have the same bits. Two threads of each rank do this under backward, one inside
-the shard group and one across, where a few MB after the other are under way at once. A gather stays inside the shard
-group.
+the other shard groups. Two replicas over sockets swap their rows, and each adds them up. Otherwise each of R replicas
+gets 1/R of the row, adds it up, and gives the sum to all. Both add in the order of the replicas, or host by host where
+only some of them share a host, so that all have the same bits. Two threads of each rank do this under backward, one
+inside the shard group and one across, where a few MB after the other are under way at once. A gather stays inside the
+shard group.
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from zeroadam._compat import timeout_of
 from zeroadam.layout.rows import Rows
 from zeroadam.layout.shard import shard_range
 from zeroadam.transport.alone import Alone
@@ -54,9 +57,32 @@ def groups_of(device_mesh: DeviceMesh, process_group: dist.ProcessGroup | None) 
         )
     if device_mesh.size() != dist.get_world_size():
         raise ValueError(f"device_mesh is of {device_mesh.size()} ranks: make one of all {dist.get_world_size()}")
+    rows = device_mesh.mesh.tolist()
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    if any(line != sorted(line) for line in (*rows, *columns)):
+        raise ValueError(
+            f"the ranks of device_mesh do not ascend: {rows}; process groups sort theirs, so make one whose rows and "
+            "columns do, as init_device_mesh does"
+        )
     everyone = dist.group.WORLD
     assert everyone is not None
-    return Groups(device_mesh.get_group(1), device_mesh.get_group(0), everyone)
+    if device_mesh not in _groups:
+        timeout = timedelta(seconds=timeout_of(everyone, "cpu"))
+        own = [_group_of(lines, timeout) for lines in (rows, columns)]
+        _groups[device_mesh] = Groups(own[0], own[1], everyone)
+    return _groups[device_mesh]
+
+
+# Those of each mesh. Its own groups have another timeout than that which the program has set for all ranks.
+_groups: weakref.WeakKeyDictionary[DeviceMesh, Groups] = weakref.WeakKeyDictionary()
+
+
+def _group_of(lines: Sequence[list[int]], timeout: timedelta) -> dist.ProcessGroup:
+    """A process group for each line of ranks, made by all ranks; gives the one that this rank is in."""
+    groups = [dist.new_group(line, timeout=timeout) for line in lines]
+    own: dist.ProcessGroup
+    [own] = [group for line, group in zip(lines, groups, strict=True) if dist.get_rank() in line]
+    return own
 
 
 class Everyone:
@@ -122,7 +148,7 @@ class Hybrid:
         dtype = exchanges[0].memory.dtype
         wire = torch.float32 if self.exact and dtype.itemsize < 4 else dtype
         total = wire if wire.itemsize >= 4 else torch.float32
-        swaps = isinstance(self.replicas, Gloo) and self.count * wire.itemsize <= wire.itemsize + total.itemsize
+        swaps = isinstance(self.replicas, Gloo) and self.count == 2  # whatever the dtype, or two threads would send
 
         def start() -> Callable[[], list[Tensor]]:
             own: list[Tensor] = []  # sums of the shard group
