@@ -9,10 +9,9 @@ shard group.
 """
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -66,15 +65,17 @@ def groups_of(device_mesh: DeviceMesh, process_group: dist.ProcessGroup | None) 
         )
     everyone = dist.group.WORLD
     assert everyone is not None
-    if device_mesh not in _groups:
-        timeout = timedelta(seconds=timeout_of(everyone, "cpu"))
-        own = [_group_of(lines, timeout) for lines in (rows, columns)]
-        _groups[device_mesh] = Groups(own[0], own[1], everyone)
-    return _groups[device_mesh]
+    # Its own groups may have another timeout than that which the program has set for all ranks.
+    seconds = timeout_of(everyone, "cpu")
+    key = (tuple(map(tuple, rows)), seconds)
+    if key not in _groups or _groups[key].everyone is not everyone:
+        own = [_group_of(lines, timedelta(seconds=seconds)) for lines in (rows, columns)]
+        _groups[key] = Groups(own[0], own[1], everyone)
+    return _groups[key]
 
 
-# Those of each mesh. Its own groups have another timeout than that which the program has set for all ranks.
-_groups: weakref.WeakKeyDictionary[DeviceMesh, Groups] = weakref.WeakKeyDictionary()
+# By the ranks of a mesh and the timeout: alike on all ranks, whenever their meshes are collected.
+_groups: dict[tuple[Any, float], Groups] = {}
 
 
 def _group_of(lines: Sequence[list[int]], timeout: timedelta) -> dist.ProcessGroup:
