@@ -53,6 +53,7 @@ def _rank(
     answer: Connection,
     transport: str,
     hosts: str,
+    group_timeout: float,
 ) -> None:
     torch.set_num_threads(1)
     try:
@@ -73,7 +74,7 @@ def _rank(
             init_method=f"file://{file}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=at_most(20)),
+            timeout=timedelta(seconds=group_timeout),
         )
         result = (None, function(*args))
         dist.barrier()  # nobody leaves while another still needs it
@@ -92,10 +93,12 @@ def _run_ranks(
     timeout: float = at_most(60),
     transport: str = "shared memory",
     hosts: str = "",
+    group_timeout: float = at_most(10),
 ) -> list[Any]:
     """Run `function(*args)` on `world_size` ranks and return their results in rank order.
 
     hosts: a letter for each rank, the name of its host. All are on the same one by default.
+    group_timeout: of the process group, in seconds.
 
     An exception on any rank fails the test with that rank's traceback.
     """
@@ -105,7 +108,7 @@ def _run_ranks(
             receive, send = CONTEXT.Pipe(duplex=False)
             process = CONTEXT.Process(
                 target=_rank,
-                args=(function, args, rank, world_size, f"{folder}/store", send, transport, hosts),
+                args=(function, args, rank, world_size, f"{folder}/store", send, transport, hosts, group_timeout),
                 daemon=True,
             )
             process.start()

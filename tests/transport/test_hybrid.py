@@ -296,9 +296,7 @@ def test_rows_of_two_dtypes_between_three_replicas(run_ranks: Any) -> None:
 
 def stopped(fault: str, bad: int) -> None:
     net = Net()
-    # The groups of the mesh have a timeout of their own, which does not count.
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=NAMES)
-    hybrid.timeout_of = lambda *_: 5.0
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=NAMES)  # whose groups have a timeout of half an hour
     model = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=0.1)
     optimizer = ZeroAdamW(model, device_mesh=mesh)
 
@@ -318,7 +316,7 @@ def stopped(fault: str, bad: int) -> None:
 def test_a_rank_killed_or_stopped_ends_all_others(run_ranks: Any, hosts: str, fault: str) -> None:
     start = time.monotonic()
     with pytest.raises(pytest.fail.Exception) as raised:
-        run_ranks(stopped, 4, fault, 1, timeout=at_most(20), hosts=hosts)
+        run_ranks(stopped, 4, fault, 1, timeout=at_most(20), hosts=hosts, group_timeout=5)
     assert time.monotonic() - start < (8 if fault == "SIGKILL" else 30)
     told = "has ended|did not come within|failed|[Tt]imed out|[Cc]onnection|another collective|in backward"
     for rank in (0, 2, 3):
