@@ -31,12 +31,12 @@ REFERENCE = "ddp + adamw"
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
 
 
-def ddp(gpt: nn.Module) -> DistributedDataParallel:
-    return DistributedDataParallel(gpt, gradient_as_bucket_view=True)
+def ddp(gpt: nn.Module, bucket_cap_mb: float = 25) -> DistributedDataParallel:
+    return DistributedDataParallel(gpt, gradient_as_bucket_view=True, bucket_cap_mb=bucket_cap_mb)
 
 
-def adamw(gpt: nn.Module, **options: Any) -> tuple[nn.Module, Any]:
-    model = ddp(gpt)
+def adamw(gpt: nn.Module, bucket_cap_mb: float = 25, **options: Any) -> tuple[nn.Module, Any]:
+    model = ddp(gpt, bucket_cap_mb)
     return model, torch.optim.AdamW(model.parameters(), **OPTIONS, **options)
 
 
@@ -75,9 +75,9 @@ def low_precision(gpt: nn.Module, **options: Any) -> tuple[nn.Module, Any]:
     return zeroadam(gpt.bfloat16(), reduce_scatter_hook, master_dtype=torch.float32, **options)
 
 
-def hybrid(gpt: nn.Module, hook: Callable[..., Any]) -> tuple[nn.Module, Any]:
+def hybrid(gpt: nn.Module, hook: Callable[..., Any], bucket_cap_mb: float = 25) -> tuple[nn.Module, Any]:
     """State cut over the ranks of a host, and the same on each host."""
-    model, local = ddp(gpt), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    model, local = ddp(gpt, bucket_cap_mb), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     shape = (dist.get_world_size() // local, local)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
     return model, ZeroAdamW(model, **OPTIONS, device_mesh=mesh, hook=hook)
@@ -144,6 +144,7 @@ def deepspeed(gpt: nn.Module, stage: int) -> tuple[nn.Module, Any]:
 IMPLEMENTATIONS: dict[str, Callable[[nn.Module], tuple[nn.Module, Any]]] = {
     REFERENCE: lambda gpt: adamw(gpt, fused=True),
     "ddp + adamw, foreach": lambda gpt: adamw(gpt, foreach=True),
+    "ddp + adamw, buckets of 5 MB": lambda gpt: adamw(gpt, 5, fused=True),
     "no communication": without_communication,
     "zero_redundancy": lambda gpt: zero_redundancy(gpt, view=False),
     "zero_redundancy, bucket view": lambda gpt: zero_redundancy(gpt, view=True),
@@ -155,6 +156,7 @@ IMPLEMENTATIONS: dict[str, Callable[[nn.Module], tuple[nn.Module, Any]]] = {
     "zeroadam + hook, bfloat16": low_precision,
     "zeroadam + hook, bfloat16, float32 sums": lambda gpt: low_precision(gpt, grad_dtype=torch.float32),
     "zeroadam, hybrid": lambda gpt: hybrid(gpt, reduce_scatter_hook),
+    "zeroadam, hybrid, buckets of 5 MB": lambda gpt: hybrid(gpt, reduce_scatter_hook, 5),
     "zeroadam, hybrid, bf16 hook": lambda gpt: hybrid(gpt, bf16_reduce_scatter_hook),
     "fsdp1, SHARD_GRAD_OP": fsdp1,
     "fsdp2": fsdp2,
