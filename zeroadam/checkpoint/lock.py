@@ -97,13 +97,17 @@ def _lock(file: int) -> None:
 def _release(file: int) -> None:
     if file in _held:
         _held.discard(file)
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_UN)  # also of a process that was forked and has not come to close it
         os.close(file)
 
 
 def _leave_to_the_parent() -> None:
     """In a forked process, such as a loader of data, which would hold the lock when this one has ended."""
-    for file in list(_held):
-        _release(file)
+    while _held:
+        os.close(_held.pop())
 
 
 if hasattr(os, "register_at_fork"):
