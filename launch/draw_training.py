@@ -33,6 +33,11 @@ def one(file: Path, run: dict[str, Any], full: int) -> None:
     pyplot.close(figure)
 
 
+def _common(curves: list[dict[int, float]]) -> list[int]:
+    """The steps after which all runs have looked at their loss; runs may be of different lengths."""
+    return sorted(set.intersection(*map(set, curves)))
+
+
 def several(file: Path, runs: list[dict[str, Any]]) -> None:
     """Held-out losses from step 0, what they are above those of the first kind, and bytes of state per rank.
 
@@ -46,15 +51,14 @@ def several(file: Path, runs: list[dict[str, Any]]) -> None:
     figure, (loss, above, size) = pyplot.subplots(1, 3, figsize=(15, 4.2), width_ratios=[3, 4, 3], layout="constrained")
     for number, (name, seeds) in enumerate(kinds.items()):
         color = f"C{number}"
-        steps = [step for step, _ in next(iter(seeds.values()))["held_out"]]
-        curves = {seed: [held_out for _, held_out in run["held_out"]] for seed, run in seeds.items()}
-        _band(loss, steps, list(curves.values()), color)
-        pairs = [
-            (curves[seed], [held_out for _, held_out in first[seed]["held_out"]]) for seed in curves if seed in first
-        ]
+        curves = {seed: dict(run["held_out"]) for seed, run in seeds.items()}
+        steps = _common(list(curves.values()))
+        _band(loss, steps, [[curve[step] for step in steps] for curve in curves.values()], color)
+        pairs = [(curves[seed], dict(first[seed]["held_out"])) for seed in curves if seed in first]
         if pairs:
-            _band(above, steps, [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs], color)
-        final = statistics.mean(curve[-1] for curve in curves.values())
+            steps = _common([curve for pair in pairs for curve in pair])
+            _band(above, steps, [[one[step] - other[step] for step in steps] for one, other in pairs], color)
+        final = statistics.mean(curve[max(curve)] for curve in curves.values())
         held = max(state for state, _ in next(iter(seeds.values()))["state"]) / 1e6
         bar = size.barh([f"{name.removeprefix('zeroadam, ')}\n{final:.4f} at the end"], [held], color=color)
         size.bar_label(bar, fmt="%.1f", padding=3)

@@ -44,6 +44,14 @@ GRACE_SECONDS = at_most(2)
 TRANSPORTS = ("shared memory", "sockets", "backend", "late backend")
 
 
+def _one_thread_of_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
+    """Not the usual two, which can crash in coalesced collectives: see "free(): invalid pointer" in troubleshooting."""
+    options = dist.ProcessGroupGloo._Options()
+    options._threads, options._timeout = 1, timeout
+    options._devices = [dist.ProcessGroupGloo.create_default_device()]
+    return dist.ProcessGroupGloo(store, rank, size, options)
+
+
 def _rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -66,9 +74,7 @@ def _rank(
             late_backend.install()
         if transport.endswith("backend"):
             backend = "nccllike"
-            dist.Backend.register_backend(
-                backend, lambda store, r, size, timeout: dist.ProcessGroupGloo(store, r, size, timeout), devices=["cpu"]
-            )
+            dist.Backend.register_backend(backend, _one_thread_of_gloo, devices=["cpu"])
         dist.init_process_group(
             backend,
             init_method=f"file://{file}",
