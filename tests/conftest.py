@@ -35,7 +35,7 @@ CONTEXT.set_forkserver_preload(
 )
 TESTS = Path(__file__).parent
 # Ranks that are still busy this long after another has failed are ended.
-GRACE_SECONDS = at_most(2)
+GRACE_SECONDS = at_most(1)
 
 
 # How rows travel between the ranks of a test: through shared memory, through gloo's sockets, or by the collectives of a

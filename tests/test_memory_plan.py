@@ -105,7 +105,15 @@ def counted(dtype: torch.dtype, options: dict[str, Any], *, hook: bool) -> tuple
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("world_size", "transport"), [(1, "sockets"), (2, "sockets"), (4, "sockets"), (2, "backend")])
+@pytest.mark.parametrize(
+    ("world_size", "transport"),
+    [
+        (1, "sockets"),
+        (2, "sockets"),
+        pytest.param(4, "sockets", marks=pytest.mark.slow),
+        pytest.param(2, "backend", marks=pytest.mark.slow),
+    ],
+)
 def test_planned_bytes_are_allocated_bytes(run_ranks: Any, world_size: int, transport: str, dtype: torch.dtype) -> None:
     """In every precision there is, of every rank."""
     for rows in zip(*run_ranks(count_all, world_size, dtype, transport=transport), strict=True):

@@ -328,6 +328,7 @@ def no_alarm(transport: str) -> None:
             optimizer.load_state_dict(optimizer.state_dict(sharded=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["shared memory", "sockets", "backend"])
 def test_no_false_alarm(run_ranks: Any, transport: str) -> None:
     run_ranks(no_alarm, 2, transport, transport=transport)

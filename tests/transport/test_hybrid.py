@@ -311,6 +311,7 @@ def stopped(fault: str, bad: int) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
 @pytest.mark.parametrize("hosts", ["", "aabb", "abab"])
 def test_a_rank_killed_or_stopped_ends_all_others(run_ranks: Any, hosts: str, fault: str) -> None:

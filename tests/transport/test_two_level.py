@@ -155,6 +155,7 @@ def faulty(fault: str, bad: int, where: str) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
 @pytest.mark.parametrize("where", ["backward", "gather"])
 @pytest.mark.parametrize(("placement", "bad"), [("aabb", 1), ("abb", 0), ("aab", 1), ("aaabbb", 5)])
