@@ -13,6 +13,7 @@ needs is found before, one after the other, in processes of their own.
 """
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -93,6 +94,8 @@ def numel_of(width: int, layers: int, context: int) -> int:
 
 def alone(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Train with nothing else in the process: medians of the slowest rank, and the most that a rank needs."""
+    for module in ("torch._dynamo", "torch.distributed.tensor"):  # which torch imports when optimizers are built
+        importlib.import_module(module)
     before = start_peak()
     implementation = Implementation(name, args, device)
     for tokens in batches(args, device):
