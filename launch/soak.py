@@ -58,6 +58,7 @@ class Forked(ForkProcess):
         os.dup2(self.output.fileno(), 1)
         os.dup2(self.output.fileno(), 2)
         os.environ.update(self.env)
+        tempfile.tempdir = None  # or it would be that of the program
         self.prepare()
         args = torchrun.parse_args(self.options)
         if args.standalone:  # what torchrun makes of it

@@ -5,21 +5,17 @@ nothing there, the piece is emptied just before, and what is reduced are the new
 gets. Whether it goes on is for `p.grad` to say: where that is None, or zero, the next backward begins another one.
 """
 
-import weakref
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from zeroadam._compat import adds_to_grad, current_graph_task_id
 from zeroadam.layout.packing import dense_strides
 from zeroadam.layout.shard import shard_index
+from zeroadam.reduce.before_adding import BeforeAdding
 from zeroadam.reduce.ownership import Reduced, reduced_of
-
-_watched: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameters with a hook that calls `FloatSum.take`
 
 
 class FloatSum:
@@ -105,8 +101,7 @@ def find_sums(
         else:  # as the parameter has another memory format now
             new = sums[id(param)] = FloatSum(grad, cut, ranks)
             vars(new).update(vars(before), total=new.total.copy_(before.total))
-        if param not in _watched and param.requires_grad:
-            _watched[param] = param.register_hook(partial(_before_adding, weakref.ref(param)))
+        _before_adding.watch(param)
     return sums
 
 
@@ -125,11 +120,13 @@ def take(param: Tensor) -> FloatSum | None:
     return found
 
 
-def _before_adding(reference: "weakref.ref[Tensor]", _: Tensor) -> None:
-    param = reference()
-    one = None if param is None else sum_of(param)
-    if param is not None and one is not None and one.begun and adds_to_grad(param):
+def _take_if_added(param: Tensor) -> None:
+    one = sum_of(param)
+    if one is not None and one.begun and adds_to_grad(param):
         take(param)
+
+
+_before_adding = BeforeAdding(_take_if_added)
 
 
 def add_up(sums: Sequence[FloatSum], totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:

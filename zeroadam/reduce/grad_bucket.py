@@ -76,10 +76,8 @@ class GradBucket:
             sum(sizes) - sizes[self.rank] + across,
             (self.world_size - 1) * sizes[self.rank] + across,
         )
-        self.totals, self.shown = (
-            list[Tensor](),
-            list[Tensor](),
-        )  # the float32 sums, and what the gradients show of them
+        self.totals: list[Tensor] = []  # the float32 sums,
+        self.shown: list[Tensor] = []  # and what the gradients show of them
         for i, one in zip(order, self.float_sums, strict=False):
             rows = rows_of[i]
             self.totals.append(one.total if rows is None else flat(one.total))

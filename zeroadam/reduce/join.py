@@ -2,13 +2,12 @@
 
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.algorithms import Joinable, JoinHook
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from zeroadam.reduce.before_adding import BeforeAdding
 from zeroadam.reduce.float_sums import sum_of
 from zeroadam.reduce.ownership import Owner, reduced_of
 
@@ -72,7 +71,7 @@ class SumsInJoin:
         self.fail = fail
         self.owner: weakref.ref[Owner] | None = None  # the optimizer of the last backward, if that was in `Join`
         self._summed: set[int] = set()  # ids of the parameters whose gradients were summed and not looked at since
-        self._guarded = WeakTensorKeyDictionary()
+        self._before_adding = BeforeAdding(self._check)
 
     def enter(self, owner: Owner) -> None:
         """Note the sums that are there when `Join` begins."""
@@ -89,13 +88,12 @@ class SumsInJoin:
             return
         self._summed.update(map(id, params))
         for param in params:
-            if param.requires_grad and param not in self._guarded:
-                self._guarded[param] = param.register_hook(partial(self._check, weakref.ref(param), self.owner))
+            self._before_adding.watch(param, self.owner)
 
-    def _check(self, param_ref: "weakref.ref[Tensor]", owner_ref: "weakref.ref[Owner]", _: Tensor) -> None:
-        """Before a gradient is added to p.grad, by a backward of any kind: p.grad must have been zeroed since."""
-        param, owner = param_ref(), owner_ref()
-        if param is None or owner is None or id(param) not in self._summed or not in_join(owner):
+    def _check(self, param: Tensor, owner_ref: "weakref.ref[Owner]") -> None:
+        """Before a gradient is added to p.grad: it must have been zeroed since."""
+        owner = owner_ref()
+        if owner is None or id(param) not in self._summed or not in_join(owner):
             return
         total = sum_of(param)
         if param.grad is not None and (param.grad.any() or (total is not None and total.begun and total.total.any())):

@@ -4,9 +4,7 @@ After a backward the owner of a piece holds its sum over all ranks, in every rep
 would count once for each. So the first replica does, and the others empty their pieces before the next backward adds.
 """
 
-import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from zeroadam._compat import adds_to_grad
 from zeroadam.layout.shard import shard
+from zeroadam.reduce.before_adding import BeforeAdding
 from zeroadam.reduce.ownership import reduced_of
 
 
@@ -29,10 +28,10 @@ class ReplicaSums:
 
     def __init__(self, process_group: Any, replica: int, fail: Callable[[str], Any]) -> None:
         self.rank, self.world_size, self.replica, self.fail = process_group.rank(), process_group.size(), replica, fail
-        # Some values of each piece that is a sum over all ranks, by the id of its parameter. DDP may have copied the
-        # gradient to another bucket when they are looked at.
-        self.sums: dict[int, Tensor] = {}
-        self._watched = WeakTensorKeyDictionary()  # parameters with a hook that calls `empty`
+        # Some values of each piece that is a sum over all ranks, by parameter. DDP may have copied the gradient to
+        # another bucket when they are looked at.
+        self.sums = WeakTensorKeyDictionary()
+        self._before_adding = BeforeAdding(self._empty_if_added)
 
     def note(self, params: Sequence[Tensor]) -> None:
         """The hook has summed their gradients; those of 0-d are means, which add up as they are."""
@@ -40,13 +39,11 @@ class ReplicaSums:
             reduced = reduced_of(param)
             if param.grad is None or param.dim() == 0 or (reduced is not None and id(param) in reduced.sums):
                 continue  # float32 sums are emptied by themselves
-            self.sums[id(param)] = _sample(shard(param.grad, self.world_size, self.rank))
-            if param.requires_grad and param not in self._watched:
-                self._watched[param] = param.register_hook(partial(self._before_adding, weakref.ref(param)))
+            self.sums[param] = _sample(shard(param.grad, self.world_size, self.rank))
+            self._before_adding.watch(param)
 
-    def _before_adding(self, reference: "weakref.ref[Tensor]", _: Tensor) -> None:
-        param = reference()
-        if param is not None and id(param) in self.sums and adds_to_grad(param):
+    def _empty_if_added(self, param: Tensor) -> None:
+        if param in self.sums and adds_to_grad(param):
             self.empty([param])
 
     @torch.no_grad()
@@ -56,7 +53,7 @@ class ReplicaSums:
         Before a backward adds to them; and before they are reduced, of those for which it has nothing.
         """
         for param in params if self.sums else ():
-            before = self.sums.pop(id(param), None)
+            before = self.sums.pop(param, None)
             if before is None or param.grad is None:
                 continue
             piece = shard(param.grad, self.world_size, self.rank)

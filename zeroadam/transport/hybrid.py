@@ -68,7 +68,9 @@ def groups_of(device_mesh: DeviceMesh, process_group: dist.ProcessGroup | None) 
     # Its own groups may have another timeout than that which the program has set for all ranks.
     seconds = timeout_of(everyone, "cpu")
     key = (tuple(map(tuple, rows)), seconds)
-    if key not in _groups or _groups[key].everyone is not everyone:
+    if any(groups.everyone is not everyone for groups in _groups.values()):
+        _groups.clear()  # of a world that is gone
+    if key not in _groups:
         own = [_group_of(lines, timedelta(seconds=seconds)) for lines in (rows, columns)]
         _groups[key] = Groups(own[0], own[1], everyone)
     return _groups[key]
