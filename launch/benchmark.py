@@ -28,10 +28,10 @@ from typing import Any
 import benchmark_launches
 import torch
 import torch.distributed as dist
+from benchmark_sweep import numel_of, sweep
 from implementations import LIMITS, REFERENCE, Implementation, Limit, installed
 from measure import memory, start_peak
 from shapes import MODELS
-from train import GPT
 
 
 def measured(implementation: Implementation | Limit, warmup: int, device: torch.device) -> dict[str, list[float]]:
@@ -86,12 +86,6 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
 
 
-def numel_of(width: int, layers: int, context: int) -> int:
-    """Parameters of the model, without building it."""
-    with torch.device("meta"):
-        return sum(param.numel() for param in GPT(width, layers, 1, context).parameters())
-
-
 def alone(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Train with nothing else in the process: medians of the slowest rank, and the most that a rank needs."""
     for module in ("torch._dynamo", "torch.distributed.tensor"):  # which torch imports when optimizers are built
@@ -122,36 +116,6 @@ def peaks_of(names: list[str], args: argparse.Namespace) -> dict[str, int]:
         found[name] = json.loads(done.stdout.splitlines()[-1])["peak"] if dist.get_rank() == 0 else 0
     shutil.rmtree(folders[0], ignore_errors=True)
     return found
-
-
-# Width and layers of some 1, 3, 11, 26, 71 and 202 million parameters.
-SIZES = [(128, 4), (256, 4), (384, 6), (512, 8), (768, 10), (1024, 16)]
-
-
-def sweep(args: argparse.Namespace) -> None:
-    """Train with the hook alone at W = 1, 2, 4 and 8 for every size that this machine has memory for."""
-    rows = []
-    for world_size in (1, 2, 4, 8):
-        for width, layers in SIZES:
-            numel = numel_of(width, layers, args.context)
-            # Parameters, gradients and moments, and what a process has anyway.
-            needed = world_size * (300e6 + 4 * numel * (2 + 3 / world_size) * 1.5)
-            available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
-            if needed > 1024 * int(available.split()[1]):
-                print(f"{numel / 1e6:.1f} M parameters on {world_size} ranks need {needed / 1e9:.0f} GB: left out")
-                continue
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-            command += [__file__, "--alone", "zeroadam + hook", "--width", str(width), "--layers", str(layers)]
-            command += ["--context", str(args.context), "--steps", str(args.steps)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print(json.dumps(rows[-1]), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
-    if args.plot:
-        from draw_benchmark import growth
-
-        growth(args.plot, rows)
 
 
 def batches(args: argparse.Namespace, device: torch.device) -> list[torch.Tensor]:

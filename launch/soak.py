@@ -10,7 +10,6 @@ import argparse
 import importlib
 import os
 import random
-import resource
 import runpy
 import shutil
 import signal
@@ -19,15 +18,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-from torch.distributed import run as torchrun
-from torch.distributed.launcher.api import elastic_launch
+from agent import Agent, kill
 
 HERE = Path(__file__).parent
 EVERY = 3  # steps between checkpoints
@@ -36,110 +33,6 @@ TINY = [
     *("--width", "32", "--heads", "2", "--layers", "1", "--context", "32", "--batch-size", "4", "--warmup", "5"),
     *("--eval-every", "100", "--eval-batches", "2", "--sample", "20", "--data", str(HERE.parent / "zeroadam")),
 ]
-
-
-def run_script(script: str, arguments: Sequence[str]) -> None:
-    sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
-
-
-class Forked(ForkProcess):
-    """torchrun, and workers that are forked from it, with the modules that this process has imported.
-
-    It has what the program needs of subprocess.Popen.
-    """
-
-    def __init__(self, options: Sequence[str], output: TextIO, env: dict[str, str], preexec_fn: Callable[[], Any]):
-        super().__init__()
-        self.options, self.output, self.env, self.prepare = options, output, env, preexec_fn
-        self.start()
-
-    def run(self) -> None:
-        os.dup2(self.output.fileno(), 1)
-        os.dup2(self.output.fileno(), 2)
-        os.environ.update(self.env)
-        tempfile.tempdir = None  # or it would be that of the program
-        self.prepare()
-        args = torchrun.parse_args(self.options)
-        if args.standalone:  # what torchrun makes of it
-            args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(os.getpid())
-        config, _, command = torchrun.config_from_args(args)
-        config.start_method = "fork"
-        script, *arguments = command[1:]  # behind python's -u
-        elastic_launch(config, run_script)(script, arguments)
-
-    def poll(self) -> int | None:
-        return self.exitcode
-
-    def wait(self, timeout: float | None = None) -> int:
-        self.join(timeout)
-        if self.exitcode is None:
-            raise subprocess.TimeoutExpired("torchrun", timeout or 0)
-        return self.exitcode
-
-
-class Agent:
-    """A torchrun that is killed, or whose workers are; ended with its workers whatever happens.
-
-    Args:
-        log: for what it and its workers say.
-        file_blocks: the largest file that they may write, in KiB, which stands in for a full disk.
-    """
-
-    forks = False  # from this process, or each start imports torch anew
-
-    def __init__(self, log: Path, *options: str, file_blocks: int | None = None) -> None:
-        self.log = log
-        command = [sys.executable, "-m", "torch.distributed.run", *options]
-
-        def limit() -> None:
-            if file_blocks is not None:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * file_blocks,) * 2)
-
-        variables = {**os.environ, "TMPDIR": str(log.parent), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        self.process: Forked | subprocess.Popen[bytes]
-        with log.open("w") as output:
-            if self.forks:
-                self.process = Forked(options, output, variables, limit)
-            else:
-                self.process = subprocess.Popen(command, stdout=output, stderr=output, env=variables, preexec_fn=limit)
-
-    def workers(self) -> list[int]:
-        with suppress(FileNotFoundError):
-            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-            return [int(pid) for pid in children.split()]
-        return []
-
-    def wait_for(self, condition: Callable[[], Any], seconds: float = 300) -> None:
-        """Raises AssertionError with the end of the log if it does not come true."""
-        deadline = time.monotonic() + seconds
-        while True:
-            has_ended = self.process.poll() is not None  # asked for first, as both may come true in between
-            if condition():
-                return
-            assert not has_ended, self.log.read_text()[-5000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-5000:]
-            time.sleep(0.002)
-
-    def __enter__(self) -> "Agent":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(timeout=40)
-            except subprocess.TimeoutExpired:
-                for pid in (*self.workers(), self.process.pid):
-                    kill(pid)
-                self.process.wait()
-
-
-def kill(pid: int | None, number: int = signal.SIGKILL) -> None:
-    assert pid, "it has been started"
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
 
 
 def steps(folder: Path) -> list[int]:

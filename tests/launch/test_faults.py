@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from agent import Agent, kill
 from commands import ROOT, RUN_SECONDS, SMALL, TORCHRUN, environment, final, torchrun, until, whole, zeroadam
 from patience import at_most
-from soak import Agent, is_saving, kill, newest_step
+from soak import is_saving, newest_step
 from state_checks import equal
 from train import GPT, batch, loss_of, read_text
 
