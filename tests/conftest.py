@@ -100,11 +100,13 @@ def _run_ranks(
     transport: str = "shared memory",
     hosts: str = "",
     group_timeout: float = at_most(10),
+    lost: int | None = None,
 ) -> list[Any]:
     """Run `function(*args)` on `world_size` ranks and return their results in rank order.
 
     hosts: a letter for each rank, the name of its host. All are on the same one by default.
     group_timeout: of the process group, in seconds.
+    lost: a rank that stops or dies without an answer; all others are waited for until `timeout`, also after an error.
 
     An exception on any rank fails the test with that rank's traceback.
     """
@@ -125,7 +127,7 @@ def _run_ranks(
         errors: dict[int, str] = {}
         deadline = time.monotonic() + timeout
         try:
-            while len(results) + len(errors) < world_size and (left := deadline - time.monotonic()) > 0:
+            while {*range(world_size)} - {lost, *results, *errors} and (left := deadline - time.monotonic()) > 0:
                 pending = [answer for r, answer in enumerate(answers) if r not in results and r not in errors]
                 for answer in wait(pending, timeout=left):
                     rank = answers.index(answer)
@@ -136,7 +138,8 @@ def _run_ranks(
                     if error is not None:
                         results.pop(rank, None)
                         errors[rank] = error
-                        deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                        if lost is None:
+                            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             silent = set(range(world_size)) - set(results) - set(errors)
             for process in processes:
                 process.join(timeout=0 if silent else at_most(10))

@@ -165,8 +165,8 @@ def test_a_rank_killed_or_stopped_ends_all_others(
     start = time.monotonic()
     message = r"(has ended|did not come within|closed by peer|reset by peer|[Tt]imed out|lost another)"
     with pytest.raises(pytest.fail.Exception, match=message) as raised:
-        run_ranks(faulty, len(placement), fault, bad, where, timeout=at_most(20), hosts=placement)
-    assert time.monotonic() - start < (6 if fault == "SIGKILL" else 25)
+        run_ranks(faulty, len(placement), fault, bad, where, timeout=at_most(20), hosts=placement, lost=bad)
+    assert time.monotonic() - start < at_most(1.5 if fault == "SIGKILL" else 6.5)
     report = str(raised.value)
     for rank in range(len(placement)):
         if rank != bad:
