@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -728,7 +729,7 @@ def test_staging_memory_is_bounded(run_ranks) -> None:
 
 
 def faulty(fault: signal.Signals) -> float:
-    group = dist.new_group(timeout=torch.distributed.default_pg_timeout.__class__(seconds=5))
+    group = dist.new_group(timeout=timedelta(seconds=5 if fault == signal.SIGSTOP else 60))
     net = Net()
     model = DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True, bucket_cap_mb=0.1)
     optimizer = ZeroAdamW(net.parameters(), process_group=group)

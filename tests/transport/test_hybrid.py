@@ -316,9 +316,10 @@ def stopped(fault: str, bad: int) -> None:
 @pytest.mark.parametrize("hosts", ["", "aabb", "abab"])
 def test_a_rank_killed_or_stopped_ends_all_others(run_ranks: Any, hosts: str, fault: str) -> None:
     start = time.monotonic()
+    seconds = 5 if fault == "SIGSTOP" else 60
     with pytest.raises(pytest.fail.Exception) as raised:
-        run_ranks(stopped, 4, fault, 1, timeout=at_most(20), hosts=hosts, group_timeout=5, lost=1)
-    assert time.monotonic() - start < at_most(2 if fault == "SIGKILL" else 8)
+        run_ranks(stopped, 4, fault, 1, timeout=at_most(20), hosts=hosts, group_timeout=seconds, lost=1)
+    assert time.monotonic() - start < at_most(8)
     told = "has ended|did not come within|failed|[Tt]imed out|[Cc]onnection|another collective|in backward"
     for rank in (0, 2, 3):
         found = re.search(rf"rank {rank}:\n(Traceback.*?)(?=\n\nrank|\Z)", str(raised.value) + "\n", re.DOTALL)

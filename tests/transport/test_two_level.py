@@ -135,7 +135,7 @@ def test_training_is_that_of_one_process_fed_the_sums_in_the_stated_order(
 
 def faulty(fault: str, bad: int, where: str) -> None:
     """Ranks see what a killed, stopped or cut off one leaves them: an error, at once or after the timeout of 5 s."""
-    group = dist.new_group(timeout=timedelta(seconds=5))
+    group = dist.new_group(timeout=timedelta(seconds=5 if fault == "SIGSTOP" else 60))
     net = Net()
     model = DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True, bucket_cap_mb=0.1)
     optimizer = ZeroAdamW(net.parameters(), process_group=group)
@@ -166,7 +166,7 @@ def test_a_rank_killed_or_stopped_ends_all_others(
     message = r"(has ended|did not come within|closed by peer|reset by peer|[Tt]imed out|lost another)"
     with pytest.raises(pytest.fail.Exception, match=message) as raised:
         run_ranks(faulty, len(placement), fault, bad, where, timeout=at_most(20), hosts=placement, lost=bad)
-    assert time.monotonic() - start < at_most(1.5 if fault == "SIGKILL" else 6.5)
+    assert time.monotonic() - start < at_most(8)
     report = str(raised.value)
     for rank in range(len(placement)):
         if rank != bad:
