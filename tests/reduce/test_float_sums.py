@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from adam_reference import full
 from commands import ROOT
 from master_reference import WAYS, master_of, rounded
 from placed import HOOKS, sum_over
@@ -328,6 +329,37 @@ def scaled() -> None:
         assert all(int(optimizer.state[p]["step"]) == 4 for p in params)
         results.append([master_of(optimizer, param) for param in params])
     assert all(map(torch.equal, *results))
+
+
+def small_moments(state_dtype: torch.dtype) -> None:
+    """As the same optimizer on float32 copies, given the mean of the float32 sums."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(600, 512), nn.ReLU(), nn.Linear(512, 1024)).bfloat16()
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=0.2)
+    optimizer = ZeroAdamW(model, **ADAMW, **WAYS["master"], grad_dtype=torch.float32, state_dtype=state_dtype)
+    params, world_size, rank = list(net.parameters()), dist.get_world_size(), dist.get_rank()
+    copies = [nn.Parameter(param.detach().float()) for param in params]
+    other = ZeroAdamW(copies, **ADAMW, state_dtype=state_dtype)
+    for step in range(STEPS):
+        for micro in range(MICROS):
+            _, x = batch_of(rank, step, micro, torch.bfloat16)
+            model(x).square().mean().backward()
+        for param, one in zip(params, copies, strict=True):
+            one.grad = torch.zeros_like(one)
+            shard(one.grad, world_size, rank).copy_(held(param) / world_size)
+        optimizer.step()
+        other.step()
+        optimizer.zero_grad()
+        for param, one in zip(params, copies, strict=True):
+            assert torch.equal(master_of(optimizer, param), one)
+            for key, value in other.state[one].items():
+                assert key == "step" or torch.equal(full(optimizer.state[param][key]), full(value)), key
+    assert any(value.dtype == state_dtype for entry in optimizer.state.values() for value in entry.values())
+
+
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.uint8], ids=str)
+def test_bitwise_with_moments_of_fewer_bits(run_ranks: Any, state_dtype: torch.dtype) -> None:
+    run_ranks(small_moments, 2, state_dtype)
 
 
 def test_loss_scaling_changes_nothing(run_ranks: Any) -> None:

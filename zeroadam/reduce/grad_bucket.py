@@ -4,6 +4,7 @@ Large pieces are sent from where they lie, the others are packed, as in `zeroada
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from zeroadam.reduce.float_sums import FloatSum, add_up, take
 from zeroadam.reduce.means import Means
 from zeroadam.reduce.ownership import Reduced, note
 from zeroadam.transport import Transport
+from zeroadam.transport.shared_memory import SharedMemory
 
 
 class GradBucket:
@@ -107,9 +109,17 @@ class GradBucket:
         scratch: list[list[Tensor]] = []  # for each exchange, a row for each rank that sends
         for part in received.split(self.received_numels):
             scratch.append(list(part.view(self.transport.senders, -1)) if self.transport.senders else [])
-        self._start = self.transport.prepare_reduce(self.exchanges, scratch) if self.exchanges else lambda: list
+        prepare = self.transport.prepare_reduce
+        if self.float_sums and isinstance(self.transport, SharedMemory):
+            prepare = partial(self.transport.prepare_reduce, into=self._unused_totals)
+        self._start = prepare(self.exchanges, scratch) if self.exchanges else lambda: list
         self.own = [rows[self.rank] for rows in self.direct]
         self.others = [run for rows in self.direct for run in rows.others(self.rank) if run.numel()]
+
+    def _unused_totals(self) -> list[Tensor | None]:
+        """For each exchange, the memory of a float32 sum that begins with it."""
+        found = [None if one.begun else total for one, total in zip(self.float_sums, self.totals, strict=True)]
+        return [*found[: len(self.direct)], *([None] if self.packing.tensors else [])]
 
     def finish(self) -> None:
         """Wait, and leave the sums in this rank's pieces of the gradients, zero elsewhere, means in 0-d ones."""

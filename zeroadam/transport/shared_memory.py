@@ -116,8 +116,9 @@ class SharedMemory:
         self,
         exchanges: Sequence[Rows],
         scratch: Sequence[Sequence[Tensor]],  # noqa: ARG002
+        into: Callable[[], Sequence[Tensor | None]] | None = None,
     ) -> Callable[[], Callable[[], list[Tensor]]]:
-        """See `zeroadam.transport.Transport`."""
+        """See `zeroadam.transport.Transport`. into: memory for the float32 sums of a reduction, where there is some."""
         own = [rows[self.rank] for rows in exchanges]
         sums: list[Tensor] = []  # of the reduction that is under way
         share = SLOT_BYTES // len(self.pipes) // 64 * 64  # bytes of a slot for each of the others
@@ -150,7 +151,11 @@ class SharedMemory:
 
         def start() -> Callable[[], list[Tensor]]:
             # Float32 sums of lower precisions are made for each reduction, or they would be held for the whole model.
-            sums[:] = [row if row.itemsize >= 4 else torch.empty_like(row, dtype=torch.float32) for row in own]
+            given = into() if into is not None else [None] * len(own)
+            sums[:] = [
+                row if row.itemsize >= 4 else torch.empty_like(row, dtype=torch.float32) if memory is None else memory
+                for row, memory in zip(own, given, strict=True)
+            ]
             for write, read in posts:
                 self.post(digest, write, read)
             count = self.queued
