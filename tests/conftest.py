@@ -8,13 +8,13 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import multiprocessing
 import pickle
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import combinations
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,10 @@ import late_backend
 import pytest
 import torch
 import torch.distributed as dist
+from forked import CONTEXT
 from hosts import Hosts
 from patience import at_most
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        *("hypothesis", "pytest", "torch._dynamo", "torch.distributed.optim", "torch.distributed.tensor"),
-        *("torch.distributed.checkpoint.state_dict", "zeroadam.checkpoint", "zeroadam.plain_file"),
-    ]
-)
 TESTS = Path(__file__).parent
 # Ranks that are still busy this long after another has failed are ended.
 GRACE_SECONDS = at_most(1)
@@ -156,9 +150,29 @@ def _run_ranks(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests: dict[object, list[pytest.Function]] = {}
     for item in items:
         if {"launch", "test_frameworks.py"} & set(item.path.relative_to(TESTS).parts):
             item.add_marker("slow")
+        elif isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            tests.setdefault(item.function, []).append(item)
+    for cases in tests.values():
+        for marker, together in (("slow", 1), ("exhaustive", 2)):
+            for item in set(cases) - set(covering(cases, together)):
+                item.add_marker(marker)
+
+
+def covering(cases: list[pytest.Function], together: int) -> Iterator[pytest.Function]:
+    """A few cases of a test that have among them all values of each parameter, or of each two of them together."""
+    values = {}
+    for case in cases:
+        params = [(name, repr(value)) for name, value in case.callspec.params.items()]
+        values[case] = set(combinations(params, min(together, len(params))))
+    left = set().union(*values.values())
+    while left:
+        case = max(cases, key=lambda case: len(values[case] & left))
+        yield case
+        left -= values[case]
 
 
 @pytest.fixture(scope="session")

@@ -58,6 +58,7 @@ def load(folder: str, roads: dict[str, Callable[..., None]]) -> None:
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.slow
 def test_saved_at_any_number_of_ranks_and_loaded_at_any_other(run_ranks, tmp_path: Path, world_size: int) -> None:
     run_ranks(save, world_size, str(tmp_path))
     for other in WORLD_SIZES:
@@ -67,6 +68,7 @@ def test_saved_at_any_number_of_ranks_and_loaded_at_any_other(run_ranks, tmp_pat
 
 
 @on_a_backend(1, 2, 3, 4)
+@pytest.mark.slow
 def test_saved_and_loaded_on_the_code_path_of_nccl(run_ranks, tmp_path: Path, transport: str, world_size: int) -> None:
     """Not in the background, for which torch needs a process group of its own there."""
     run_ranks(save, world_size, str(tmp_path), False, transport=transport)

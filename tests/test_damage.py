@@ -66,6 +66,7 @@ def damage(file: Path, generator: random.Random) -> None:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.slow
 def test_flipped_bits(tmp_path: Path, part: int, capsys: pytest.CaptureFixture[str]) -> None:
     """In the metadata more often than in the data, whose checksums find nearly all of them."""
     good, bad, out = tmp_path / "good", tmp_path / "bad", tmp_path / "out.pt"

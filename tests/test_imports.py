@@ -14,6 +14,7 @@ def modules_after(script: str) -> set[str]:
     return set(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split("\n"))
 
 
+@pytest.mark.slow
 def test_all_that_is_public_brings_torch_and_little_else() -> None:
     """Fewer modules than a fifth of torch's, and none of the heavy ones."""
     public, plain = modules_after("from zeroadam import *"), modules_after("import torch")

@@ -395,6 +395,7 @@ def test_random_programs_end_as_with_torch(run_ranks: Any, mode: str, world_size
 
 @pytest.mark.parametrize("transport", ["sockets", "late backend"])
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow
 def test_random_programs_on_other_transports(run_ranks: Any, mode: str, transport: str) -> None:
     run_ranks(run_all, 2, mode, EXAMPLES, timeout=at_most(200 + EXAMPLES), transport=transport)
 

@@ -98,6 +98,7 @@ def test_several_processes_without_a_group_are_refused(monkeypatch: pytest.Monke
         ZeroAdamW(network().parameters())
 
 
+@pytest.mark.slow
 def test_one_script_runs_both_ways(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

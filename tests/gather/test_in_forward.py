@@ -127,6 +127,7 @@ def test_bitwise_as_without(run_ranks: Any, world_size: int, late: bool, hook: b
         assert all(torch.equal(a, b) for a, b in zip(parameters, expected_parameters, strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_models(run_ranks: Any) -> None:
     """To the rounding of other graphs, as these end at the modules' hooks; what comes late would be NaN."""
     options = {"hook": True, "late": True, "compiled": True}

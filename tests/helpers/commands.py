@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
+import forked
 import torch
 from patience import at_most
+
+from zeroadam import cli as zeroadam_cli
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,20 +37,9 @@ def environment(folder: Path | str) -> dict[str, str]:
 
 
 def torchrun(world_size: int, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    arguments = [*TORCHRUN, f"--nproc-per-node={world_size}", *command]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment(folder)
-        ) as process,
-    ):
-        try:
-            out, err = process.communicate(timeout=RUN_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its workers, which are sessions of their own
-            out, err = process.communicate(timeout=at_most(35))
-            pytest.fail(f"no end after {RUN_SECONDS} s:\n{out}\n{err}")
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+    arguments = [*TORCHRUN[2:], f"--nproc-per-node={world_size}", *command]
+    with tempfile.TemporaryDirectory() as folder:
+        return forked.run(forked.torchrun, arguments, RUN_SECONDS, cwd, environment(folder))
 
 
 def output_of(script: str, folder: Path) -> str:
@@ -64,8 +55,8 @@ def output_of(script: str, folder: Path) -> str:
 COMMAND = Path(sys.executable).with_name("zeroadam")
 
 
-def zeroadam(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([COMMAND, *arguments], capture_output=True, text=True, timeout=at_most(30))
+def zeroadam(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return forked.run(zeroadam_cli.main, ["zeroadam", *arguments], at_most(30), cwd)
 
 
 def whole(folder: Path) -> list[Path]:

@@ -176,7 +176,7 @@ def test_the_benchmark_without_torchrun_says_how_to_start_it() -> None:
 
 
 @pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc for network namespaces")
-@pytest.mark.parametrize(("hosts", "ranks"), [(2, 1), (2, 2), (2, 3), (3, 2)])
+@pytest.mark.parametrize(("hosts", "ranks"), [(2, 2), (3, 2)])  # (2, 1) is below
 def test_a_host_sends_every_row_once(hosts: int, ranks: int, tmp_path: Path) -> None:
     """2 (H-1)/H elements per parameter and step, counted on its interface, to 1 %, however many ranks it has."""
     command = [sys.executable, f"{ROOT}/launch/benchmark_hosts.py", f"{hosts}x{ranks}", "5gbit", "--layers", "2"]

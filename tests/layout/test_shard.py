@@ -82,6 +82,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_the_fullest_rank_holds_at_most_two_percent_more_than_the_mean(name: str) -> None:
     numel, model = MODELS[name]
     assert sum(math.prod(shape) for shape in model) == numel

@@ -106,6 +106,7 @@ WAYS += [(len(hosts), "shared memory", hosts) for hosts in ("aab", "abb", "aabb"
 
 
 @pytest.mark.parametrize(("world_size", "transport", "hosts"), WAYS)
+@pytest.mark.slow
 def test_ranks_out_of_step_raise_on_all(run_ranks: Any, world_size: int, transport: str, hosts: str) -> None:
     """Seeded cases; on a free machine all ranks have raised within a fifth of a second.
 
@@ -367,6 +368,7 @@ def refuse_often() -> None:
 @pytest.mark.parametrize(
     ("world_size", "transport", "hosts"), [(2, "shared memory", ""), (2, "sockets", ""), (3, "shared memory", "aab")]
 )
+@pytest.mark.slow
 def test_a_loop_that_is_always_refused_ends_and_can_go_on(
     run_ranks: Any, world_size: int, transport: str, hosts: str
 ) -> None:

@@ -177,6 +177,7 @@ def saved(shape: tuple[int, int], folder: str, load: bool) -> list[Tensor]:
 KINDS = {"2x2": (2, 2), "1x4": (1, 4), "4x1": (4, 1), "1x3": (1, 3), "AdamW": (0, 0)}
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_all_shapes(run_ranks: Any, tmp_path: Path) -> None:
     """One copy of each tensor is saved. Every shape goes on as any other does, to the bit."""
 
@@ -245,6 +246,7 @@ def several_backwards(shape: tuple[int, int], options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"grad_dtype": torch.float32}], ids=["plain", "grad_dtype"])
 @pytest.mark.parametrize("shape", [(1, 2), (2, 1), (2, 2), (3, 1)], ids=str)
+@pytest.mark.slow
 def test_another_backward_adds_to_the_sums(run_ranks: Any, shape: tuple[int, int], options: dict[str, Any]) -> None:
     for hosts in ("", letters(shape)):
         run_ranks(several_backwards, shape[0] * shape[1], shape, options, hosts=hosts)

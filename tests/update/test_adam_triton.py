@@ -236,6 +236,7 @@ print("ld.global.v4" in compiled.asm["ptx"], "ld.global.b16" in compiled.asm["pt
     "case",
     ["fp32 fp32 fp32 none", "bf16 fp32 fp32 master", "bf16 bf16 fp32 remainder", "fp16 fp16 fp16 none"],
 )
+@pytest.mark.slow
 def test_it_compiles_for_a_gpu_and_loads_16_bytes_at_a_time(tmp_path: Path, case: str, where: str) -> None:
     """No GPU is needed for this: Triton brings the assembler. A gradient off 16 bytes narrows its own loads only."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

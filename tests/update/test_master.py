@@ -228,6 +228,7 @@ def load(folder: str, way: str, masters: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_masters_in_checkpoints_are_cut_anew(run_ranks, tmp_path: Path, way: str) -> None:
     masters = run_ranks(save, 3, str(tmp_path), way)[0]
     for world_size in (1, 2, 4):

@@ -281,7 +281,7 @@ def wrong_arguments() -> None:
         ZeroAdamW(params, state_dtype=torch.bfloat16 if dist.get_rank() == 0 else None)
     zeroadam.options.bitsandbytes.cache_clear()
     sys.modules["bitsandbytes.functional"] = None  # type: ignore[assignment]  # as if it were not installed
-    with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'zeroadam\[8bit\]'"):
+    with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'bitsandbytes>=0.49'"):
         ZeroAdamW(params, state_dtype=torch.uint8)
 
 

@@ -37,7 +37,7 @@ def main() -> None:
             else:
                 checkpoint_commands.inspect(args.checkpoint)
     except ModuleNotFoundError as error:
-        sys.exit(f"zeroadam {args.command}: {error}: pip install 'zeroadam[plan]'")
+        sys.exit(f"zeroadam {args.command}: {error}: pip install matplotlib rich")
     except (ValueError, OSError, RuntimeError) as error:  # torch says RuntimeError where a disk is full
         sys.exit(f"zeroadam {args.command}: {' '.join(str(error).split())}")
 

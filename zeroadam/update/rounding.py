@@ -84,5 +84,5 @@ def bitsandbytes() -> Any:
     try:
         import bitsandbytes.functional
     except ImportError as error:
-        raise ValueError("state_dtype=torch.uint8 needs bitsandbytes: pip install 'zeroadam[8bit]'") from error
+        raise ValueError("state_dtype=torch.uint8 needs bitsandbytes: pip install 'bitsandbytes>=0.49'") from error
     return bitsandbytes.functional
