@@ -237,6 +237,7 @@ def logging_off() -> None:
     logging.disable(logging.CRITICAL)
 
 
+@pytest.mark.slow
 def test_damaged_files_are_refused_and_change_nothing(run_ranks, tmp_path: Path) -> None:
     """Of flipped bits, those are let pass that change no number: in padding, or in fields that nobody reads."""
     run_ranks(save_small, 2, f"{tmp_path}/checkpoint")

@@ -44,7 +44,7 @@ def run(folder: Path, script: str, steps: int, killed_after: int = 0) -> Complet
     folder.mkdir(exist_ok=True)
     (folder / "run.py").write_text(RUN)
     (folder / "script.py").write_text(script)
-    return torchrun(2, "run.py", "script.py", str(steps), str(killed_after), cwd=folder)
+    return torchrun(2, "run.py", "script.py", str(steps), str(killed_after), cwd=folder, anew=True)
 
 
 def params(folder: Path) -> list[torch.Tensor]:

@@ -401,6 +401,7 @@ def test_random_programs_on_other_transports(run_ranks: Any, mode: str, transpor
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 4])
+@pytest.mark.slow
 def test_random_programs_on_the_code_path_of_nccl(run_ranks: Any, world_size: int) -> None:
     """Without the hook, as the backend's sums of three and more are in an order of its own."""
     run_ranks(run_all, world_size, "plain", EXAMPLES, timeout=at_most(200 + EXAMPLES), transport="late backend")

@@ -227,6 +227,7 @@ def sums(dtype: torch.dtype) -> tuple[int, int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("world_size", [2, 4])  # at W = 1 less scratch memory is needed, as nothing is cast
+@pytest.mark.slow
 def test_sums_of_gradients_are_planned(run_ranks: Any, world_size: int, dtype: torch.dtype) -> None:
     """4/W bytes per parameter in bfloat16, whatever the number of backwards; float32 gradients hold their own."""
     for held, planned in run_ranks(sums, world_size, dtype):

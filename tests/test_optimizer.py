@@ -49,6 +49,7 @@ def test_fused_is_equal_up_to_the_rounding_of_the_kernel(run_ranks, options: dic
 
 
 @on_a_backend(1, 2, 3, 4)
+@pytest.mark.slow
 def test_bitwise_equal_to_torch_on_the_code_path_of_nccl(run_ranks, transport: str, world_size: int) -> None:
     run_ranks(train_both, world_size, ZeroAdamW, {"foreach": True}, transport=transport)
 

@@ -128,6 +128,7 @@ def test_errors_are_one_line_and_leave_nothing(run_ranks, tmp_path: Path, comman
     refused(tmp_path / "no optimizer", "should hold the state dict of one optimizer, found: none")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file(run_ranks, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk."""
     run_ranks(write, 2, str(tmp_path), ["zeroadam"])

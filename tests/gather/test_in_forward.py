@@ -290,6 +290,7 @@ def random_readers(seeds: list[int]) -> None:
         assert found[:5] == found[5:], seed
 
 
+@pytest.mark.slow
 def test_every_read_through_a_module_waits(run_ranks: Any) -> None:
     """Random modules; the gathers come late, and what is read too early is NaN."""
     run_ranks(random_readers, 2, list(range(int(os.environ.get("ZEROADAM_TEST_READERS", "12")))))

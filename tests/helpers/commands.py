@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import forked
+import pytest
 import torch
 from patience import at_most
 
@@ -36,10 +37,31 @@ def environment(folder: Path | str) -> dict[str, str]:
     return {**os.environ, "TMPDIR": str(folder)}
 
 
-def torchrun(world_size: int, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    world_size: int, *command: str, cwd: Path | None = None, anew: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """anew: whether each process imports torch itself."""
+    if anew:
+        return _torchrun_anew([*TORCHRUN, f"--nproc-per-node={world_size}", *command], cwd)
     arguments = [*TORCHRUN[2:], f"--nproc-per-node={world_size}", *command]
     with tempfile.TemporaryDirectory() as folder:
         return forked.run(forked.torchrun, arguments, RUN_SECONDS, cwd, environment(folder))
+
+
+def _torchrun_anew(arguments: list[str], cwd: Path | None) -> subprocess.CompletedProcess[str]:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment(folder)
+        ) as process,
+    ):
+        try:
+            out, err = process.communicate(timeout=RUN_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its workers, which are sessions of their own
+            out, err = process.communicate(timeout=at_most(35))
+            pytest.fail(f"no end after {RUN_SECONDS} s:\n{out}\n{err}")
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 def output_of(script: str, folder: Path) -> str:

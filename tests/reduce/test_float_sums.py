@@ -182,6 +182,7 @@ CASES += ["no_sync, zero", "no_sync, module_zero", "no_sync, by hand", "no_sync,
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_bitwise_however_gradients_are_zeroed_and_accumulate(run_ranks: Any, case: str) -> None:
     run_ranks(compare, 3, case, "same", torch.bfloat16, "master")
 
@@ -195,6 +196,7 @@ def test_bitwise_with_and_without_masters(run_ranks: Any, way: str, dtype: torch
 
 @pytest.mark.parametrize("hook", ["same", "bfloat16"])
 @pytest.mark.parametrize("placement", ["aabb", "abb", "abab"])
+@pytest.mark.slow
 def test_bitwise_between_hosts(run_ranks: Any, placement: str, hook: str) -> None:
     """In the order of the ranks of a host, then of the hosts."""
     run_ranks(compare, len(placement), "plain", hook, torch.bfloat16, "master", placement, hosts=placement)
@@ -202,6 +204,7 @@ def test_bitwise_between_hosts(run_ranks: Any, placement: str, hook: str) -> Non
 
 @pytest.mark.parametrize("hosts", ["", "aabb", "abab"])
 @pytest.mark.parametrize("shape", [(2, 2), (2, 1), (1, 2)], ids=str)
+@pytest.mark.slow
 def test_bitwise_with_hybrid_sharding(run_ranks: Any, shape: tuple[int, int], hosts: str) -> None:
     """In the order of the ranks of a shard group, then of the groups."""
     groups = "".join(name * shape[1] for name in "ab"[: shape[0]])
@@ -360,6 +363,50 @@ def small_moments(state_dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.uint8], ids=str)
 def test_bitwise_with_moments_of_fewer_bits(run_ranks: Any, state_dtype: torch.dtype) -> None:
     run_ranks(small_moments, 2, state_dtype)
+
+
+def thawed(micros: list[int]) -> None:
+    """A layer that was frozen while DDP laid out its buckets, and is trained in some backwards of the next step."""
+    net = Net(torch.bfloat16)
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=0.2, find_unused_parameters=True)
+    optimizer = ZeroAdamW(model, lr=0.0, master_dtype=torch.float32, grad_dtype=torch.float32)
+    for step in range(2):
+        for micro in range(MICROS):
+            net.narrow.requires_grad_(step == 1 and micro in micros)
+            backward(model, step, micro)
+        if step == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, param), total, part in zip(
+        net.named_parameters(), sums_of(range(MICROS), 1), sums_of(micros, 1), strict=True
+    ):
+        expected = part if name.startswith("narrow") else total
+        assert torch.equal(held(param), shard(expected, dist.get_world_size(), dist.get_rank())), name
+
+
+@pytest.mark.parametrize("micros", [[0, 1, 2], [1, 2], [2]], ids=str)
+def test_a_layer_may_be_thawed_at_any_time(run_ranks: Any, micros: list[int]) -> None:
+    run_ranks(thawed, 2, micros)
+
+
+def zeroed_by_hand() -> None:
+    """Where nearly all is zero, the few values that are compared do not tell that the rest has been zeroed."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Embedding(2000, 8).bfloat16(), gradient_as_bucket_view=True)
+    optimizer = ZeroAdamW(model, **WAYS["master"], grad_dtype=torch.float32)
+    (param,) = model.parameters()
+    for step in range(4):
+        rows = torch.tensor([3 + step, 1501 + step])
+        model(rows).sum().backward()
+        expected = torch.zeros(2000, 8)
+        expected[rows] = 2.0
+        assert torch.equal(held(param), shard(expected, 2, dist.get_rank()))
+        optimizer.step()
+        param.grad.data.zero_()
+
+
+def test_zeroing_by_hand_is_seen_where_most_is_zero(run_ranks: Any) -> None:
+    run_ranks(zeroed_by_hand, 2)
 
 
 def test_loss_scaling_changes_nothing(run_ranks: Any) -> None:

@@ -174,7 +174,16 @@ def test_bitwise_equal_on_the_code_path_of_nccl(run_ranks, transport: str, world
 
 
 CASES = [
-    *("no_sync", "skip", "unused_by_all", "unused_by_some", "unused_zero", "static_graph", "checkpoint", "compile"),
+    *(
+        "no_sync",
+        "skip",
+        "unused_by_all",
+        "unused_by_some",
+        "unused_zero",
+        "static_graph",
+        "checkpoint",
+        pytest.param("compile", marks=pytest.mark.slow),
+    ),
     *("zero", "module_none", "module_zero", "ddp_none", "ddp_zero"),
 ]
 
@@ -315,6 +324,7 @@ def test_uneven_inputs_under_join(run_ranks, world_size: int, transport: str) ->
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.slow
 def test_uneven_inputs_under_join_on_the_code_path_of_nccl(run_ranks, world_size: int) -> None:
     """Bitwise what they are on gloo, with sums in the same order."""
     expected, *_ = run_ranks(uneven, world_size, True, True)
@@ -745,6 +755,7 @@ def faulty(fault: signal.Signals) -> float:
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.slow
 def test_a_rank_killed_or_stopped_in_backward_ends_the_others(run_ranks, fault: signal.Signals) -> None:
     """At once for a dead peer, after the group's timeout of 5 s for a silent one."""
     start = time.monotonic()

@@ -49,6 +49,7 @@ def test_its_own_state_dict_and_that_of_torch_can_be_loaded(run_ranks, tmp_path:
 
 
 @on_a_backend(1, 2, 3, 4)
+@pytest.mark.slow
 def test_state_dicts_can_be_loaded_on_the_code_path_of_nccl(
     run_ranks, tmp_path: Path, transport: str, world_size: int
 ) -> None:

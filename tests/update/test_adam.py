@@ -33,6 +33,7 @@ def small_blocks(cls: type, options: dict[str, Any], way: str | None) -> None:
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("way", [None, *master_reference.WAYS])
 @pytest.mark.parametrize("kernel", ["single", "foreach"])
+@pytest.mark.slow
 def test_blocks_do_not_change_the_numbers(run_ranks, kernel: str, way: str | None, world_size: int) -> None:
     options = {"amsgrad": True, "foreach": kernel == "foreach"}
     run_ranks(small_blocks, world_size, ZeroAdamW, options, way)

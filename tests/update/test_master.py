@@ -60,6 +60,7 @@ def test_bitwise_equal_to_float32_adamw(run_ranks, way: str, world_size: int) ->
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_bitwise_equal_with_options(run_ranks, cls: type[ZeroAdam], options: dict[str, Any], way: str) -> None:
     run_ranks(train, 2, cls, options, way)
 
@@ -264,6 +265,7 @@ def state_bytes() -> dict[str, float]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.slow
 def test_bytes_per_parameter_are_those_of_the_readme(run_ranks, world_size: int) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.splitlines() if line.startswith("| ")]

@@ -144,6 +144,7 @@ def train(cls: type[ZeroAdam], options: dict[str, Any], state: str, way: str | N
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("way", [None, "remainder"])
 @pytest.mark.parametrize("state", STATES)
+@pytest.mark.slow
 def test_the_numbers_are_rounded_float32_adamw(run_ranks, state: str, way: str | None, world_size: int) -> None:
     """So they do not depend on W."""
     run_ranks(train, world_size, ZeroAdamW, {"weight_decay": 0.1}, state, way)
@@ -151,6 +152,7 @@ def test_the_numbers_are_rounded_float32_adamw(run_ranks, state: str, way: str |
 
 @pytest.mark.parametrize("options", [{"amsgrad": True, "maximize": True}, {"weight_decay": 0.1}], ids=str)
 @pytest.mark.parametrize("state", STATES)
+@pytest.mark.slow
 def test_with_options(run_ranks, state: str, options: dict[str, Any]) -> None:
     run_ranks(train, 2, ZeroAdam, options, state, "master")
 
@@ -186,12 +188,14 @@ def with_hook(state: str) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("state", STATES)
+@pytest.mark.slow
 def test_with_the_hook(run_ranks, state: str, world_size: int) -> None:
     """To the bit where dividing by W is exact."""
     run_ranks(with_hook, world_size, state)
 
 
 @on_a_backend(1, 2, 3, 4)
+@pytest.mark.slow
 def test_with_the_hook_on_the_code_path_of_nccl(run_ranks, transport: str, world_size: int) -> None:
     run_ranks(with_hook, world_size, "8bit", transport=transport)
 
@@ -241,6 +245,7 @@ def round_trips(state: str) -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
+@pytest.mark.slow
 def test_moments_are_saved_and_loaded(run_ranks, state: str) -> None:
     run_ranks(round_trips, 2, state)
 
@@ -262,6 +267,7 @@ def load(folder: str, state: str, expected: list[dict[str, Tensor]]) -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
+@pytest.mark.slow
 def test_checkpoints_are_cut_anew_and_exported(run_ranks, tmp_path: Path, state: str) -> None:
     expected = run_ranks(save, 3, str(tmp_path / "saved"), state)[0]
     for world_size in (1, 2, 4):

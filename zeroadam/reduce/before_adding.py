@@ -21,8 +21,11 @@ class BeforeAdding:
         self._watched = WeakTensorKeyDictionary()
 
     def watch(self, param: Tensor, *arguments: Any) -> None:
-        if param.requires_grad and param not in self._watched:
+        if param not in self._watched:
+            trained = param.requires_grad
+            param.requires_grad_(True)  # one that is frozen takes no hook, and may be trained later
             self._watched[param] = param.register_hook(partial(self._run, weakref.ref(param), arguments))
+            param.requires_grad_(trained)
 
     def _run(self, reference: "weakref.ref[Tensor]", arguments: tuple[Any, ...], _: Tensor) -> None:
         if (param := reference()) is not None:

@@ -61,11 +61,16 @@ class FloatSum:
         elif self.begun and not self.shown and backward != self.backward:
             self.refused = (
                 "grad_dtype=torch.float32 takes no backward in no_sync() after one outside of it: leave out no_sync() "
-                "in all backwards of a step, or in the last one only; after one that failed call optimizer.zero_grad()"
+                "in all backwards of a step, or in the last one only, and give torch.utils.checkpoint "
+                "use_reentrant=False; where a backward has failed, build DistributedDataParallel and the optimizer anew"
             )
         elif self.begun and self.shown:
             piece = grad[self.cut]
-            if note.is_whole(grad, backward) or (self.total.any() and _same_bits(piece, self.rounded(grad.dtype))):
+            # Of a gradient that is mostly zero, the values that are compared can miss that it has been zeroed.
+            zeroed = grad.is_cpu and not piece.any() and bool(self.rounded(grad.dtype).any())
+            if not zeroed and (
+                note.is_whole(grad, backward) or (self.total.any() and _same_bits(piece, self.rounded(grad.dtype)))
+            ):
                 piece.zero_()
                 self.shown, self.backward = False, backward
             elif not piece.any():  # it was zeroed
