@@ -192,8 +192,8 @@ class Reduction:
         """Raise where an earlier backward ended in an error: its reductions would end in the gradients of this one."""
         if self.under_way:
             self._fail(
-                "an earlier backward ended in an error while gradients were being reduced: build DistributedDataParallel "
-                "and the optimizer anew, from a checkpoint; if none has, give torch.utils.checkpoint use_reentrant=False"
+                "an earlier backward ended in an error while gradients were being reduced: build DDP and the optimizer "
+                "anew, from a checkpoint; if none has, give torch.utils.checkpoint use_reentrant=False"
             )
 
     def _fail(self, message: str) -> NoReturn:
