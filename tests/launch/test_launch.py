@@ -99,7 +99,7 @@ def test_runs_in_fewer_bits_are_drawn_beside_each_other(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments_give_one_message(options: list[str], message: str) -> None:
-    done = torchrun(2, f"{ROOT}/launch/train.py", *options)
+    done = torchrun(2, f"{ROOT}/launch/train.py", *options, anew=True)
     assert done.returncode != 0
     assert done.stderr.count(f"train.py: error: {message}") == 1
     assert 'launch/train.py", line' not in done.stderr  # no traceback of a worker; torchrun reports in its own way
