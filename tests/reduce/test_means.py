@@ -70,6 +70,25 @@ def test_the_largest_gradients_have_a_finite_mean(run_ranks: Any, transport: str
     run_ranks(large, world_size, hook, transport=transport)
 
 
+def thawed() -> None:
+    """A parameter that was frozen in the first backwards is trained in the next ones, and nothing is zeroed."""
+    ours, plain, _ = pair()
+    grads = {i: torch.full(shape, 1.0 + dist.get_rank()).half() for i, shape in enumerate(SHAPES)}
+    for trained in (False, False, True, True):
+        for model in (ours, plain):
+            model.module.weights[0].requires_grad_(trained)
+            model(grads).backward()
+        for mine, its in zip(ours.parameters(), plain.parameters(), strict=True):
+            assert (mine.grad is None) == (its.grad is None)
+            if mine.grad is not None:
+                torch.testing.assert_close(own(mine.grad), own(its.grad), rtol=0.02, atol=0)
+
+
+@on_a_backend(2)
+def test_a_parameter_may_be_thawed(run_ranks: Any, transport: str, world_size: int) -> None:
+    run_ranks(thawed, world_size, transport=transport)
+
+
 def added() -> None:
     """Backwards that add up, in and out of `no_sync()`, on what was zeroed in either way, and stepped in between."""
     ours, plain, optimizer = pair()

@@ -6,9 +6,7 @@ multiplied by W before. Only where that overflows do several backwards without `
 would not.
 """
 
-import weakref
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zeroadam.layout.shard import shard
+from zeroadam.reduce.before_adding import BeforeAdding
 
 
 class Means:
@@ -25,13 +24,13 @@ class Means:
         self.process_group = process_group
         # parameter -> whether its gradient is such a mean; those of 0-d ones are on all ranks, and add up as they are.
         self._held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._before_adding = BeforeAdding(self._multiply_if_held)
 
     def note(self, params: Iterable[Tensor]) -> None:
         """A backward has left means, [c, ...] each, in the gradients of these parameters."""
         for param in params:
             if param.dim() > 0:
-                if param not in self._held and param.requires_grad:
-                    param.register_hook(partial(self._before_adding, weakref.ref(param)))
+                self._before_adding.watch(param)
                 self._held[param] = True
 
     def divide(self, params: Iterable[Tensor], grads: list[Tensor]) -> None:
@@ -41,9 +40,8 @@ class Means:
                 self._multiply(param, grad)
         torch._foreach_div_(grads, self.process_group.size())
 
-    def _before_adding(self, reference: "weakref.ref[Tensor]", _: Tensor) -> None:
-        param = reference()
-        if param is not None and self._held.get(param):
+    def _multiply_if_held(self, param: Tensor) -> None:
+        if self._held.get(param):
             self._multiply(param, param.grad)
 
     @torch.no_grad()
