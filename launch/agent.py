@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.context import ForkProcess
@@ -18,13 +19,29 @@ from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import elastic_launch
 
 
-def run_script(script: str, arguments: Sequence[str]) -> None:
+def run_forked(options: Sequence[str]) -> None:
+    """As torchrun with these options, but that workers are forked, with the modules that this process has imported."""
+    args = torchrun.parse_args(options)
+    if args.standalone:  # what torchrun makes of it
+        args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(os.getpid())
+    config, _, command = torchrun.config_from_args(args)
+    config.start_method = "fork"
+    script, *arguments = command[1:]  # behind python's -u
+    elastic_launch(config, _run_script)(script, arguments)
+
+
+def _run_script(script: str, arguments: Sequence[str]) -> None:
     sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except Exception:  # which torch would only write to a file
+        traceback.print_exc()
+        sys.exit(1)
 
 
 class Forked(ForkProcess):
-    """torchrun, and workers that are forked from it, with the modules that this process has imported.
+    """torchrun by `run_forked`, in a process forked from this one.
 
     It has what the program needs of subprocess.Popen.
     """
@@ -40,13 +57,7 @@ class Forked(ForkProcess):
         os.environ.update(self.env)
         tempfile.tempdir = None  # or it would be that of the program
         self.prepare()
-        args = torchrun.parse_args(self.options)
-        if args.standalone:  # what torchrun makes of it
-            args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(os.getpid())
-        config, _, command = torchrun.config_from_args(args)
-        config.start_method = "fork"
-        script, *arguments = command[1:]  # behind python's -u
-        elastic_launch(config, run_script)(script, arguments)
+        run_forked(self.options)
 
     def poll(self) -> int | None:
         return self.exitcode

@@ -2,15 +2,14 @@
 
 import multiprocessing
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from agent import run_forked
 from patience import at_most
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -62,23 +61,4 @@ def _child(main: Callable[[], None], arguments: list[str], cwd: str, env: dict[s
 
 def torchrun() -> None:
     """As `python -m torch.distributed.run` with the arguments of sys.argv, but that workers are forked as well."""
-    from torch.distributed import run as program
-    from torch.distributed.launcher.api import elastic_launch
-
-    args = program.parse_args(sys.argv[1:])
-    if args.standalone:  # what torchrun makes of it
-        args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(os.getpid())
-    config, _, command = program.config_from_args(args)
-    config.start_method = "fork"
-    script, *arguments = command[1:]  # behind python's -u
-    elastic_launch(config, _script)(script, arguments)
-
-
-def _script(script: str, arguments: Sequence[str]) -> None:
-    sys.argv = [script, *arguments]
-    sys.path.insert(0, str(Path(script).resolve().parent))
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
+    run_forked(sys.argv[1:])

@@ -139,9 +139,10 @@ def add_up(sums: Sequence[FloatSum], totals: Sequence[Tensor], parts: Sequence[T
 
     totals: the memory of each sum, in the shape of its part: [c, ...], or [n].
     """
+    # Some have begun in their own memory.
+    apart = [i for i in range(len(sums)) if totals[i].data_ptr() != parts[i].data_ptr()]
     for goes_on, call in ((False, torch._foreach_copy_), (True, torch._foreach_add_)):
-        apart = [total.data_ptr() != part.data_ptr() for total, part in zip(totals, parts, strict=True)]
-        chosen = [i for i, one in enumerate(sums) if one.begun == goes_on and apart[i]]
+        chosen = [i for i in apart if sums[i].begun == goes_on]
         if chosen:
             call([totals[i] for i in chosen], [parts[i] for i in chosen])
     for one in sums:

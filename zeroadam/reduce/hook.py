@@ -193,7 +193,7 @@ class Reduction:
         if self.under_way:
             self._fail(
                 "an earlier backward ended in an error while gradients were being reduced: build DDP and the optimizer "
-                "anew, from a checkpoint; if none has, give torch.utils.checkpoint use_reentrant=False"
+                "anew, from a checkpoint; if no backward has failed, give torch.utils.checkpoint use_reentrant=False"
             )
 
     def _fail(self, message: str) -> NoReturn:
