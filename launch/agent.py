@@ -31,6 +31,7 @@ def run_forked(options: Sequence[str]) -> None:
 
 
 def _run_script(script: str, arguments: Sequence[str]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a program of its own has it
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
     try:

@@ -59,7 +59,7 @@ def results(
                 "forward + backward, ms": 1000 * statistics.median(found["forward and backward"]),
                 "step, ms": 1000 * statistics.median(found["step"]),
                 "state, MB": implementation.state_bytes() / 1e6,
-                "peak, MB": peaks[implementation.name] / 1e6,
+                "peak, MB": peaks[implementation.name] / 1e6 if peaks else "",
                 "bitwise": all(torch.equal(mine, its) for mine, its in pairs),
             }
         else:
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="time saving and loading instead, in this folder"
     )
+    parser.add_argument("--no-peaks", action="store_true", help="leave out memory: processes that each import torch")
     parser.add_argument("--kernel", action="store_true", help="time the update alone instead, beside a copy")
     parser.add_argument("--params", nargs="+", type=float, default=[20], help="with --kernel: millions of a shard")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
@@ -222,7 +223,7 @@ def main() -> None:
         leave()
         return
     names = [args.reference, *(name for name in args.only if name != args.reference)]
-    peaks = peaks_of([name for name in names if name not in LIMITS], args)
+    peaks = {} if args.no_peaks else peaks_of([name for name in names if name not in LIMITS], args)
     numel = numel_of(args.width, args.layers, args.context)
     implementations = [
         Limit(name, numel, device) if name in LIMITS else Implementation(name, args, device) for name in names

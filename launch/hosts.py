@@ -52,13 +52,14 @@ class Hosts:
             raise
 
     def start(self, index: int, command: Sequence[str], **options: Any) -> "subprocess.Popen[str]":
-        """A process on a host, in a session of its own.
-
-        The namespaces have memory in common, which hosts have not, so zeroadam gets a name of the host.
-        """
-        environment = {**options.pop("env", os.environ), "ZEROADAM_SHARED_MEMORY": self.names[index]}
+        """A process on a host, in a session of its own."""
+        environment = {**options.pop("env", os.environ), **self.variables(index)}
         command = ["ip", "netns", "exec", self.names[index], *command]
         return subprocess.Popen(command, text=True, env=environment, start_new_session=True, **options)
+
+    def variables(self, index: int) -> dict[str, str]:
+        """The namespaces have memory in common, which hosts have not, so zeroadam gets a name of the host."""
+        return {"ZEROADAM_SHARED_MEMORY": self.names[index]}
 
     def set_link(self, index: int, state: str) -> None:
         """Join a host to the others ("up"), or cut it off ("down")."""

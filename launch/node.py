@@ -13,6 +13,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Sequence
 
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 
@@ -49,7 +50,8 @@ def interface_of(address: str) -> str:
     sys.exit(f"no network interface of this host has the address {address}")
 
 
-def main() -> None:
+def torchrun_options(arguments: Sequence[str]) -> list[str]:
+    """What torchrun needs for the node that these arguments describe; sets the variables that its workers need."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="for the name of the head")
     parser.add_argument("script", help="what all processes run")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     head = address_of(args.head, args.wait)
     if head.startswith("127.") and args.nodes != "1":
@@ -78,15 +80,20 @@ def main() -> None:
         import torch
 
         per_node = str(max(1, torch.cuda.device_count()))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={args.nodes}", f"--nproc-per-node={per_node}"]
-    command += [f"--max-restarts={args.max_restarts}", "--rdzv-backend=c10d", f"--rdzv-id={args.id}"]
-    command += [
+    return [
+        f"--nnodes={args.nodes}",
+        f"--nproc-per-node={per_node}",
+        f"--max-restarts={args.max_restarts}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-id={args.id}",
         f"--rdzv-endpoint={head}:{args.port}",
         f"--rdzv-conf=is_host={is_host},last_call_timeout=5,keep_alive_interval=3",
+        f"--local-addr={own}",
+        args.script,
+        *args.arguments,
     ]
-    command += [f"--local-addr={own}", args.script, *args.arguments]
-    os.execv(sys.executable, command)
 
 
 if __name__ == "__main__":
-    main()
+    command = [sys.executable, "-m", "torch.distributed.run", *torchrun_options(sys.argv[1:])]
+    os.execv(sys.executable, command)

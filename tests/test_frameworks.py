@@ -36,15 +36,18 @@ register_optimizer_step_post_hook(after_step)
 sys.argv = [script, steps]
 runpy.run_path(script, run_name="__main__")
 torch.save([p.detach() for p in params], f"params{rank}.pt")
-os._exit(0)  # on the usual way out torch may abort: see docs/troubleshooting.md
 """
+# A process of its own may abort on the usual way out, see docs/troubleshooting.md; a forked one ends by this anyway.
+EXIT = "os._exit(0)\n"
 
 
-def run(folder: Path, script: str, steps: int, killed_after: int = 0) -> CompletedProcess[str]:
+def run(folder: Path, script: str, steps: int, killed_after: int = 0, anew: bool = False) -> CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
-    (folder / "run.py").write_text(RUN)
+    (folder / "run.py").write_text(RUN + EXIT if anew else RUN)
     (folder / "script.py").write_text(script)
-    return torchrun(2, "run.py", "script.py", str(steps), str(killed_after), cwd=folder, anew=True)
+    imports = "\n".join(re.findall(r"^(?:import|from) .*", script, re.MULTILINE))
+    command = ["run.py", "script.py", str(steps), str(killed_after)]
+    return torchrun(2, *command, cwd=folder, anew=anew, imports=imports)
 
 
 def params(folder: Path) -> list[torch.Tensor]:
@@ -66,7 +69,8 @@ def test_killed_and_resumed_it_ends_where_it_should(framework: str, tmp_path: Pa
         kills["undisturbed"] = kills["killed"]
     for name, steps in kills.items():
         for killed_after in steps:
-            done = run(tmp_path / name, script if name == "killed" else plain, 8, killed_after)
+            anew = (name, killed_after) == ("killed", 7)  # as a user starts it
+            done = run(tmp_path / name, script if name == "killed" else plain, 8, killed_after, anew)
             assert (done.returncode != 0) is (killed_after == 7), done.stderr
             assert (tmp_path / name / "params0.pt").exists() is (killed_after != 7)
     expected, found = params(tmp_path / "undisturbed"), params(tmp_path / "killed")

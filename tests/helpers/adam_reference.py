@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from zeroadam import ZeroAdam, ZeroAdamW
 
-STEPS = 20
+STEPS = 8
 
 
 PLAIN = {ZeroAdam: torch.optim.Adam, ZeroAdamW: torch.optim.AdamW}

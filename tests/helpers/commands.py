@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,14 @@ def environment(folder: Path | str) -> dict[str, str]:
 
 
 def torchrun(
-    world_size: int, *command: str, cwd: Path | None = None, anew: bool = False
+    world_size: int, *command: str, cwd: Path | None = None, anew: bool = False, imports: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """anew: whether each process imports torch itself."""
+    """anew: whether each process imports torch itself. imports: or lines that are run before workers are forked."""
     if anew:
         return _torchrun_anew([*TORCHRUN, f"--nproc-per-node={world_size}", *command], cwd)
     arguments = [*TORCHRUN[2:], f"--nproc-per-node={world_size}", *command]
     with tempfile.TemporaryDirectory() as folder:
-        return forked.run(forked.torchrun, arguments, RUN_SECONDS, cwd, environment(folder))
+        return forked.run(partial(forked.torchrun, imports), arguments, RUN_SECONDS, cwd, environment(folder))
 
 
 def _torchrun_anew(arguments: list[str], cwd: Path | None) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,6 @@
 """Programs of the tests in processes forked from a server that has imported torch, which takes seconds each time."""
 
+import ctypes
 import multiprocessing
 import os
 import subprocess
@@ -7,9 +8,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from agent import run_forked
+from hosts import Hosts
+from node import torchrun_options
 from patience import at_most
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -59,6 +63,42 @@ def _child(main: Callable[[], None], arguments: list[str], cwd: str, env: dict[s
     main()
 
 
-def torchrun() -> None:
+class Node:
+    """launch/node.py on a host, with workers that are forked as well; what tests need of subprocess.Popen.
+
+    Args:
+        log: for what it and its workers say, behind what is there.
+        arguments: of launch/node.py.
+    """
+
+    def __init__(self, hosts: Hosts, index: int, log: Path, arguments: Sequence[str], env: Mapping[str, str]) -> None:
+        env = {**env, **hosts.variables(index)}
+        given = (_node, ["node.py", *arguments], str(Path.cwd()), env, str(log), str(log))
+        self.process = CONTEXT.Process(target=_child_on_host, args=(hosts.names[index], *given))
+        self.process.start()
+        assert self.process.pid
+        self.pid = self.process.pid
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            pytest.fail(f"no end after {timeout} s")
+        return self.process.exitcode
+
+
+def _child_on_host(host: str, *given: Any) -> None:
+    with Path(f"/run/netns/{host}").open() as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
+            raise OSError(ctypes.get_errno(), f"setns to {host}")
+    os.setsid()
+    _child(*given)
+
+
+def _node() -> None:
+    run_forked(torchrun_options(sys.argv[1:]))
+
+
+def torchrun(imports: str) -> None:
     """As `python -m torch.distributed.run` with the arguments of sys.argv, but that workers are forked as well."""
+    exec(imports, {})
     run_forked(sys.argv[1:])

@@ -76,6 +76,6 @@ def train(cls: type[ZeroAdam], options: dict[str, Any], way: str) -> None:
     copies = float_copies(params)
     optimizer = cls(params, **OPTIONS, **options, **WAYS[way], bucket_cap_mb=0.5)
     plain = PLAIN[cls](copies, **OPTIONS, **options)
-    for step in range(12):
+    for step in range(6):
         step_both(step, optimizer, params, plain, copies)
         compare(optimizer, params, plain, copies, way)

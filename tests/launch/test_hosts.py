@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from commands import ROOT, SMALL, environment, final, newest_step, on_one_host, torchrun, until
+from forked import Node
 from hosts import Hosts, can_make_hosts
 from patience import at_most
 from train import GPT, batch, loss_of, read_text
@@ -21,12 +23,20 @@ pytestmark = pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and
 
 
 def start(
-    hosts: Hosts, index: int, nodes: str, log: Path, *arguments: str, options: Sequence[str] = ()
-) -> subprocess.Popen[str]:
-    """A node on a host; appends to the log."""
-    command = [sys.executable, f"{ROOT}/launch/node.py", "--head", hosts.addresses[0], "--nodes", nodes, *options]
+    hosts: Hosts,
+    index: int,
+    nodes: str,
+    log: Path,
+    *arguments: str,
+    options: Sequence[str] = (),
+    anew: bool = False,
+) -> "Node | subprocess.Popen[str]":
+    """A node on a host; appends to the log. anew: whether each of its processes imports torch itself."""
+    arguments = ("--head", hosts.addresses[0], "--nodes", nodes, *options, f"{ROOT}/launch/train.py", *arguments)
+    if not anew:
+        return Node(hosts, index, log, arguments, environment(log.parent))
     with log.open("a") as file:
-        command += [f"{ROOT}/launch/train.py", *arguments]
+        command = [sys.executable, f"{ROOT}/launch/node.py", *arguments]
         return hosts.start(index, command, stdout=file, stderr=file, env=environment(log.parent))
 
 
@@ -36,7 +46,9 @@ def test_several_hosts_train_as_one_does(make_hosts: Callable[[int], Hosts], cou
     hosts = make_hosts(count)
     arguments = [*SMALL, "--steps", "20", "--hook", "reduce_scatter", "--gather-in-forward"]
     nodes = [
-        start(hosts, i, str(count), tmp_path / f"log{i}", *arguments, "--json", f"{tmp_path}/hosts.json")
+        start(
+            hosts, i, str(count), tmp_path / f"log{i}", *arguments, "--json", f"{tmp_path}/hosts.json", anew=count == 2
+        )
         for i in reversed(range(count))
     ]
     for node in nodes:
@@ -52,7 +64,7 @@ def test_two_ranks_on_each_of_two_hosts(make_hosts: Callable[[int], Hosts], tmp_
     arguments = [*SMALL, "--steps", "20", "--hook", "reduce_scatter", "--gather-in-forward", "--timeout", "5"]
     options, file = ["--per-node", "2", "--max-restarts", "0"], tmp_path / "hosts.json"
 
-    def start_both(*more: str) -> list[subprocess.Popen[str]]:
+    def start_both(*more: str) -> list[Any]:
         return [start(hosts, i, "2", tmp_path / f"log{i}", *arguments, *more, options=options) for i in range(2)]
 
     for node in start_both("--json", str(file)):
@@ -69,10 +81,11 @@ def test_two_ranks_on_each_of_two_hosts(make_hosts: Callable[[int], Hosts], tmp_
     print(f"all ended {time.monotonic() - begin:.1f} s after the link was cut")
 
 
-def workers_of(node: subprocess.Popen[str]) -> list[str]:
+def workers_of(node: Any) -> list[int]:
+    """Those that run; what has ended has no command line any more."""
     try:
         children = Path(f"/proc/{node.pid}/task/{node.pid}/children").read_text().split()
-        return [child for child in children if "train.py" in Path(f"/proc/{child}/cmdline").read_text()]
+        return [int(child) for child in children if Path(f"/proc/{child}/cmdline").read_text()]
     except FileNotFoundError:
         return []
 
@@ -88,14 +101,12 @@ def test_a_killed_worker_and_a_killed_head_cost_the_steps_since_the_last_checkpo
     checkpoints, log = tmp_path / "checkpoints", tmp_path / "log0"
     own = ["--checkpoint-dir", str(checkpoints), "--json", f"{tmp_path}/hosts.json"]
 
-    def start_both() -> list[subprocess.Popen[str]]:
+    def start_both() -> list[Any]:
         return [start(hosts, i, "2", tmp_path / f"log{i}", *arguments, *own) for i in range(2)]
 
     nodes = start_both()
     until(lambda: newest_step(checkpoints) >= 10, 60)
-    children = Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text().split()
-    worker = next(c for c in children if "train.py" in Path(f"/proc/{c}/cmdline").read_text())
-    os.kill(int(worker), signal.SIGKILL)
+    os.kill(workers_of(nodes[1])[0], signal.SIGKILL)
     until(lambda: log.read_text().count("resumed after step") == 1, 60)
     hosts.kill(0)
     assert all(node.wait(timeout=at_most(30)) != 0 for node in nodes)

@@ -99,7 +99,7 @@ def test_runs_in_fewer_bits_are_drawn_beside_each_other(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments_give_one_message(options: list[str], message: str) -> None:
-    done = torchrun(2, f"{ROOT}/launch/train.py", *options, anew=True)
+    done = torchrun(2, f"{ROOT}/launch/train.py", *options, anew="--width" in options)
     assert done.returncode != 0
     assert done.stderr.count(f"train.py: error: {message}") == 1
     assert 'launch/train.py", line' not in done.stderr  # no traceback of a worker; torchrun reports in its own way
@@ -131,12 +131,13 @@ SHARDED = ["zero_redundancy", "zero_redundancy, bucket view", "zeroadam", "zeroa
 
 
 def test_the_benchmark_runs_and_finds_equal_parameters(tmp_path: Path) -> None:
-    """On two ranks DDP with AdamW, ZeroRedundancyOptimizer and zeroadam with and without the hook agree to the bit."""
+    """On two ranks DDP with AdamW and zeroadam with the hook agree to the bit; all others below, on two hosts."""
     files = ["--json", f"{tmp_path}/numbers.json", "--plot", f"{tmp_path}/bars.png"]
-    done = torchrun(2, f"{ROOT}/launch/benchmark.py", *TINY, "--steps", "4", "--only", *SHARDED, *files)
+    only = ["zeroadam + hook", "zeroadam + bf16 hook"]
+    done = torchrun(2, f"{ROOT}/launch/benchmark.py", *TINY, "--steps", "4", "--only", *only, *files)
     assert done.returncode == 0, done.stderr
     rows = {row["implementation"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
-    assert list(rows) == ["ddp + adamw", *SHARDED]
+    assert list(rows) == ["ddp + adamw", *only]
     assert [name for name, row in rows.items() if not row["bitwise"]] == ["zeroadam + bf16 hook"]
     assert rows["zeroadam + hook"]["state, MB"] == pytest.approx(rows["ddp + adamw"]["state, MB"] / 2, rel=1e-3)
     assert all(row["peak, MB"] > 0 for row in rows.values())
@@ -176,11 +177,21 @@ def test_the_benchmark_without_torchrun_says_how_to_start_it() -> None:
 
 
 @pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc for network namespaces")
-@pytest.mark.parametrize(("hosts", "ranks"), [(2, 2), (3, 2)])  # (2, 1) is below
+@pytest.mark.parametrize(("hosts", "ranks"), [pytest.param(2, 2, marks=pytest.mark.exhaustive), (3, 2)])
 def test_a_host_sends_every_row_once(hosts: int, ranks: int, tmp_path: Path) -> None:
     """2 (H-1)/H elements per parameter and step, counted on its interface, to 1 %, however many ranks it has."""
     command = [sys.executable, f"{ROOT}/launch/benchmark_hosts.py", f"{hosts}x{ranks}", "5gbit", "--layers", "2"]
-    command += ["--context", "16", "--steps", "3", "--json", f"{tmp_path}/numbers.json", "--only", *SHARDED[3:]]
+    command += [
+        "--no-peaks",
+        "--context",
+        "16",
+        "--steps",
+        "3",
+        "--json",
+        f"{tmp_path}/numbers.json",
+        "--only",
+        *SHARDED[3:],
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=at_most(60), env=environment(tmp_path), check=False
     )
@@ -195,25 +206,23 @@ def test_a_host_sends_every_row_once(hosts: int, ranks: int, tmp_path: Path) -> 
 def test_hosts_with_a_slow_network(tmp_path: Path) -> None:
     """Each namespace counts what its one rank sends: what the README says, on a real interface; and nothing is left."""
     command = [sys.executable, f"{ROOT}/launch/benchmark_hosts.py", "2", "1gbit", "--width", "256", "--layers", "2"]
-    command += [
-        "--context",
-        "16",
-        "--steps",
-        "5",
-        "--warmup",
-        "2",
-        "--json",
-        f"{tmp_path}/numbers.json",
-        "--only",
-        *SHARDED[1:],
-    ]
+    command += ["--no-peaks", "--context", "16", "--steps", "5", "--warmup", "2"]
+    command += ["--json", f"{tmp_path}/numbers.json", "--only", *SHARDED]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(tmp_path))
     _, errors = process.communicate(timeout=at_most(60))
     assert process.returncode == 0, errors
     rows = {row["implementation"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
     sent = {name: row["sent, bytes/param"] for name, row in rows.items()}
-    wanted = {"ddp + adamw": 4, SHARDED[1]: 6, "zeroadam": 6, "zeroadam + hook": 4, "zeroadam + bf16 hook": 3}
+    wanted = {
+        "ddp + adamw": 4,
+        SHARDED[0]: 6,
+        SHARDED[1]: 6,
+        "zeroadam": 6,
+        "zeroadam + hook": 4,
+        "zeroadam + bf16 hook": 3,
+    }
     assert sent == pytest.approx(wanted, rel=0.03)
+    assert [name for name, row in rows.items() if not row["bitwise"]] == ["zeroadam + bf16 hook"]
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert f"za{process.pid}-" not in listed
 
