@@ -124,7 +124,7 @@ def test_a_host_that_is_cut_off_or_dies_comes_back(make_hosts: Callable[[int], H
     size = {"width": 128, "layers": 2, "heads": 2, "context": 64}
     arguments = [part for name, number in size.items() for part in (f"--{name}", str(number))]
     arguments += ["--batch-size", "12", "--data", str(ROOT / "zeroadam"), "--sample", "20", "--eval-every", "5000"]
-    arguments += ["--steps", "900", "--hook", "reduce_scatter", "--checkpoint-every", "20"]
+    arguments += ["--steps", "400", "--hook", "reduce_scatter", "--checkpoint-every", "20"]
     checkpoints, log = tmp_path / "hosts", tmp_path / "log0"
     own = ["--checkpoint-dir", str(checkpoints), "--timeout", "5"]
 
@@ -144,7 +144,7 @@ def test_a_host_that_is_cut_off_or_dies_comes_back(make_hosts: Callable[[int], H
     until(lambda: worlds() == ["2", "1", "2", "1", "2"], 60)
     for index, node in enumerate(nodes):
         assert node.wait(timeout=at_most(60)) == 0, (tmp_path / f"log{index}").read_text()
-    assert newest_step(checkpoints) == 900
+    assert newest_step(checkpoints) == 400
     found = [loss_after(checkpoints, size)]
     for world_size in (2, 1):
         folder = tmp_path / f"undisturbed{world_size}"
