@@ -468,10 +468,13 @@ CHECKS = {
 def run(name: str) -> tuple[str, str]:
     """How a check ended, and what it says."""
     command = [sys.executable, __file__, "--check", name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
-    except subprocess.TimeoutExpired:
-        return "FAILED", f"still running after {LIMIT_SECONDS} s"
+    with tempfile.TemporaryDirectory() as folder:  # for what torch leaves there of ranks that failed
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=LIMIT_SECONDS, env={**os.environ, "TMPDIR": folder}
+            )
+        except subprocess.TimeoutExpired:
+            return "FAILED", f"still running after {LIMIT_SECONDS} s"
     lines = [line for line in done.stdout.splitlines() if line.startswith(("ok: ", "skipped: "))]
     if done.returncode == 0 and lines:
         result, _, detail = lines[-1].partition(": ")
