@@ -16,13 +16,27 @@ from zeroadam import GradScaler, ZeroAdamW, reduce_scatter_hook
 STEPS = 24
 
 
+class Net(nn.Module):
+    """With one parameter whose gradient is what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 4))
+        self.given = nn.Parameter(torch.zeros(STEPS))
+
+    def forward(self, x: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layers(x), (self.given * gradient).sum()
+
+
 def train(kind: str, clip: bool) -> tuple[list[float], list[torch.Tensor]]:
-    """Scales after every step, and parameters at last. Now and then the gradients of one rank overflow.
+    """Scales after every step, and parameters at last. Now and then one number of one rank's gradients overflows.
+
+    With the hook only the rank that owns it sees that.
 
     kind: "hook" (zeroadam.GradScaler), "ours" (without the hook, torch's scaler) or "torch" (torch.optim.AdamW).
     """
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 4))
+    net = Net()
     model = DistributedDataParallel(net, gradient_as_bucket_view=True)
     head = nn.Parameter(torch.ones(4))  # another optimizer with the same scaler
     cls = torch.optim.AdamW if kind == "torch" else ZeroAdamW
@@ -33,11 +47,11 @@ def train(kind: str, clip: bool) -> tuple[list[float], list[torch.Tensor]]:
     data = torch.Generator().manual_seed(dist.get_rank())
     scales = []
     for step in range(STEPS):
-        x = torch.randn(6, 8, generator=data)
+        x, gradient = torch.randn(6, 8, generator=data), torch.zeros(STEPS)
         if step % 7 == 3 and dist.get_rank() == step % dist.get_world_size():
-            x[0, 0] = math.inf
-        loss = (model(x) * head.detach()).square().mean()
-        scaler.scale(loss).backward()
+            gradient[step] = math.inf
+        found, apart = model(x, gradient)
+        scaler.scale((found * head.detach()).square().mean() + apart).backward()
         head.grad = torch.full_like(head, float(scaler.get_scale()))
         if clip:
             scaler.unscale_(optimizer)
