@@ -69,8 +69,9 @@ def exchange(placement: str, slot_bytes: int, exact: bool) -> None:
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("slot_bytes", [2**14, 2**20])
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "placement", [pytest.param(p, marks=[] if p in ("aabb", "aaabc") else pytest.mark.slow) for p in PLACEMENTS]
+)
 def test_rows_of_any_length(run_ranks: Any, placement: str, slot_bytes: int, exact: bool) -> None:
     """Of all dtypes; empty ones, and those that are more messages than may be under way."""
     run_ranks(exchange, len(placement), placement, slot_bytes, exact, hosts=placement)
