@@ -172,6 +172,8 @@ def main() -> None:
         "--compare", type=Path, nargs="+", default=[], metavar="FILE", help="in --plot: runs that --json has written"
     )
     args = parser.parse_args()
+    if args.no_peaks and args.plot:
+        parser.error("--plot draws memory as well: leave out --no-peaks")
     if args.sweep:
         sweep(args)
         return

@@ -169,11 +169,15 @@ def test_growth_is_drawn(tmp_path: Path) -> None:
     assert "<!-- W = 2 -->" in (tmp_path / "growth.svg").read_text()
 
 
-def test_the_benchmark_without_torchrun_says_how_to_start_it() -> None:
-    command = [sys.executable, f"{ROOT}/launch/benchmark.py"]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [([], "start it with torchrun"), (["--no-peaks", "--plot", "a.png"], "--plot draws memory as well")],
+)
+def test_wrong_arguments_of_the_benchmark_are_told_in_a_line(options: list[str], message: str) -> None:
+    command = [sys.executable, f"{ROOT}/launch/benchmark.py", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=at_most(30), check=False)
     assert done.returncode == 2
-    assert "start it with torchrun" in done.stderr
+    assert message in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc for network namespaces")
