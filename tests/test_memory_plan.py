@@ -50,7 +50,7 @@ def gpt(dtype: torch.dtype) -> GPT:
 
 
 def live_bytes() -> int:
-    """Of all tensors that there are on the CPU; without integers, of which meshes are made."""
+    """Of all tensors on the CPU but frozen ones; without integers, of which meshes are made."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -65,6 +65,7 @@ def counted(dtype: torch.dtype, options: dict[str, Any], *, hook: bool) -> tuple
     """(planned, counted); of the latter, staging is what is nothing else, and nothing is said of what is sent."""
     os.environ["ZEROADAM_SHARED_MEMORY"] = "0"
     bitsandbytes()  # has tensors of its own
+    gc.freeze()  # what torch has made would be looked through each time
     before = live_bytes()
     model = gpt(dtype)
     parameters = live_bytes() - before
@@ -129,6 +130,7 @@ def count_all(dtype: torch.dtype) -> list[tuple[RankBytes, RankBytes]]:
 def after_steps(options: dict[str, Any]) -> tuple[int, int]:
     """Bytes of all tensors but parameters after a step without gradients left, and those that were planned."""
     bitsandbytes()
+    gc.freeze()
     model = gpt(torch.bfloat16 if "master_dtype" in options else torch.float32)
     before = live_bytes()
     optimizer = ZeroAdamW(model.parameters(), **options)
@@ -207,6 +209,7 @@ def sums(dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of all tensors after a step with float32 sums of gradients over those without, and as planned."""
     held, planned = [], []
     for options in ({}, {"grad_dtype": torch.float32}):
+        gc.freeze()
         before = live_bytes()
         model = gpt(dtype)
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
