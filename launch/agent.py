@@ -98,10 +98,7 @@ class Agent:
                 self.process = subprocess.Popen(command, stdout=output, stderr=output, env=variables, preexec_fn=limit)
 
     def workers(self) -> list[int]:
-        with suppress(FileNotFoundError):
-            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-            return [int(pid) for pid in children.split()]
-        return []
+        return workers_of(self.process.pid)
 
     def wait_for(self, condition: Callable[[], Any], seconds: float = 300) -> None:
         """Raises AssertionError with the end of the log if it does not come true."""
@@ -126,6 +123,17 @@ class Agent:
                 for pid in (*self.workers(), self.process.pid):
                     kill(pid)
                 self.process.wait()
+
+
+def workers_of(pid: int | None) -> list[int]:
+    """The children of a torchrun that run; of one that has ended the command line is empty."""
+    running = []
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                if Path(f"/proc/{child}/cmdline").read_text():
+                    running.append(int(child))
+    return running
 
 
 def kill(pid: int | None, number: int = signal.SIGKILL) -> None:

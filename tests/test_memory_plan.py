@@ -65,16 +65,15 @@ def counted(dtype: torch.dtype, options: dict[str, Any], *, hook: bool) -> tuple
     """(planned, counted); of the latter, staging is what is nothing else, and nothing is said of what is sent."""
     os.environ["ZEROADAM_SHARED_MEMORY"] = "0"
     bitsandbytes()  # has tensors of its own
-    gc.freeze()  # what torch has made would be looked through each time
-    before = live_bytes()
+    gc.freeze()  # what there is so far is neither counted nor looked through each time
     model = gpt(dtype)
-    parameters = live_bytes() - before
+    parameters = live_bytes()
     optimizer = ZeroAdamW(model.parameters(), **options)
     backend = "gloo" if dist.get_backend() == "gloo" else "nccl"
     planned = plan(model.parameters(), dist.get_world_size(), backend=backend, **options)[dist.get_rank()]
     wanted = planned.moments + planned.master + planned.steps + planned.staging
     deadline = time.monotonic() + at_most(10)
-    while (held := live_bytes() - before - parameters) != wanted and time.monotonic() < deadline:
+    while (held := live_bytes() - parameters) != wanted and time.monotonic() < deadline:
         time.sleep(0.1)  # what gloo has sent last may live a moment longer in its thread
     state = {
         name: sum(
@@ -210,7 +209,6 @@ def sums(dtype: torch.dtype) -> tuple[int, int]:
     held, planned = [], []
     for options in ({}, {"grad_dtype": torch.float32}):
         gc.freeze()
-        before = live_bytes()
         model = gpt(dtype)
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
         optimizer = ZeroAdamW(wrapped, master_dtype=torch.float32, **options)
@@ -219,7 +217,7 @@ def sums(dtype: torch.dtype) -> tuple[int, int]:
             for _ in range(2):
                 wrapped(torch.zeros(1, 32, dtype=torch.long)).sum().backward()
             optimizer.step()
-        held.append(live_bytes() - before)
+        held.append(live_bytes())
         given = {"master_dtype": torch.float32, "hook": reduce_scatter_hook, "backend": "gloo", **options}
         ranks = plan(model.parameters(), dist.get_world_size(), **given)
         planned.append(ranks[dist.get_rank()].gradients)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from agent import workers_of
 from commands import ROOT, SMALL, environment, final, newest_step, on_one_host, torchrun, until
 from forked import Node
 from hosts import Hosts, can_make_hosts
@@ -77,17 +78,8 @@ def test_two_ranks_on_each_of_two_hosts(make_hosts: Callable[[int], Hosts], tmp_
     until(lambda: newest_step(checkpoints) >= 10, 60)
     hosts.set_link(1, "down")
     begin = time.monotonic()
-    until(lambda: not any(workers_of(node) for node in nodes), 30)
+    until(lambda: not any(workers_of(node.pid) for node in nodes), 30)
     print(f"all ended {time.monotonic() - begin:.1f} s after the link was cut")
-
-
-def workers_of(node: Any) -> list[int]:
-    """Those that run; what has ended has no command line any more."""
-    try:
-        children = Path(f"/proc/{node.pid}/task/{node.pid}/children").read_text().split()
-        return [int(child) for child in children if Path(f"/proc/{child}/cmdline").read_text()]
-    except FileNotFoundError:
-        return []
 
 
 def test_a_killed_worker_and_a_killed_head_cost_the_steps_since_the_last_checkpoint(
@@ -106,7 +98,7 @@ def test_a_killed_worker_and_a_killed_head_cost_the_steps_since_the_last_checkpo
 
     nodes = start_both()
     until(lambda: newest_step(checkpoints) >= 10, 60)
-    os.kill(workers_of(nodes[1])[0], signal.SIGKILL)
+    os.kill(workers_of(nodes[1].pid)[0], signal.SIGKILL)
     until(lambda: log.read_text().count("resumed after step") == 1, 60)
     hosts.kill(0)
     assert all(node.wait(timeout=at_most(30)) != 0 for node in nodes)

@@ -185,17 +185,8 @@ def test_wrong_arguments_of_the_benchmark_are_told_in_a_line(options: list[str],
 def test_a_host_sends_every_row_once(hosts: int, ranks: int, tmp_path: Path) -> None:
     """2 (H-1)/H elements per parameter and step, counted on its interface, to 1 %, however many ranks it has."""
     command = [sys.executable, f"{ROOT}/launch/benchmark_hosts.py", f"{hosts}x{ranks}", "5gbit", "--layers", "2"]
-    command += [
-        "--no-peaks",
-        "--context",
-        "16",
-        "--steps",
-        "3",
-        "--json",
-        f"{tmp_path}/numbers.json",
-        "--only",
-        *SHARDED[3:],
-    ]
+    command += ["--no-peaks", "--context", "16", "--steps", "3"]
+    command += ["--json", f"{tmp_path}/numbers.json", "--only", *SHARDED[3:]]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=at_most(60), env=environment(tmp_path), check=False
     )
@@ -217,14 +208,7 @@ def test_hosts_with_a_slow_network(tmp_path: Path) -> None:
     assert process.returncode == 0, errors
     rows = {row["implementation"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
     sent = {name: row["sent, bytes/param"] for name, row in rows.items()}
-    wanted = {
-        "ddp + adamw": 4,
-        SHARDED[0]: 6,
-        SHARDED[1]: 6,
-        "zeroadam": 6,
-        "zeroadam + hook": 4,
-        "zeroadam + bf16 hook": 3,
-    }
+    wanted = dict(zip(["ddp + adamw", *SHARDED], [4, 6, 6, 6, 4, 3], strict=True))
     assert sent == pytest.approx(wanted, rel=0.03)
     assert [name for name, row in rows.items() if not row["bitwise"]] == ["zeroadam + bf16 hook"]
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
