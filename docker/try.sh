@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export COMPOSE_PROJECT_NAME=zeroadam-try$$
-export TRAIN=${TRAIN:---steps 700 --eval-every 1000 --width 128 --layers 2 --heads 2 --context 64}
+export TRAIN=${TRAIN:---steps 600 --eval-every 1000 --width 128 --layers 2 --heads 2 --context 64}
 compose=(docker compose)
 if ! docker compose version >/dev/null 2>&1; then compose=(docker-compose); fi
 cluster() { "${compose[@]}" -f docker/compose.yaml "$@"; }

@@ -21,7 +21,7 @@ CONTEXT.set_forkserver_preload(
     [
         *("hypothesis", "pytest", "torch._dynamo", "torch.distributed.optim", "torch.distributed.tensor"),
         *("torch.distributed.checkpoint.state_dict", "torch.distributed.run", "zeroadam.checkpoint"),
-        *("zeroadam.plain_file", "zeroadam.cli.checkpoint_commands"),
+        *("zeroadam.plain_file", "zeroadam.cli.checkpoint_commands", "bitsandbytes.functional"),
     ]
 )
 

@@ -15,11 +15,11 @@ import pytest
 from commands import ROOT, until
 from patience import at_most
 
-PROGRAMS = ("dockerd", "docker", "debootstrap")
+PROGRAMS = ("dockerd", "docker", "mmdebstrap")
 BASE = "python:3.11-slim-bookworm"
 pytestmark = [
     pytest.mark.skipif(
-        os.geteuid() != 0 or not all(map(shutil.which, PROGRAMS)), reason="needs root, dockerd, docker and debootstrap"
+        os.geteuid() != 0 or not all(map(shutil.which, PROGRAMS)), reason="needs root, dockerd, docker and mmdebstrap"
     ),
     pytest.mark.timeout(1200),
 ]
@@ -54,19 +54,20 @@ def engine() -> Iterator[dict[str, str]]:
                     run("umount", mounted)
 
 
-def make_base(engine: dict[str, str], folder: Path) -> None:
+def make_base(engine: dict[str, str], file: Path) -> None:
     """Debian with its own Python, under the name of the image that cannot be pulled."""
     packages = "python3,python3-venv,python3-pip,ca-certificates"
-    mirror = "http://deb.debian.org/debian"
-    run("debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", str(folder), mirror)
-    for name in ("python", "pip"):
-        (folder / f"usr/local/bin/{name}").symlink_to(f"/usr/bin/{name}3")
-    for marker in folder.glob("usr/lib/python3*/EXTERNALLY-MANAGED"):
-        marker.unlink()
+    changes = [f'ln -s /usr/bin/{name}3 "$1/usr/local/bin/{name}"' for name in ("python", "pip")]
+    changes.append('rm "$1"/usr/lib/python3*/EXTERNALLY-MANAGED')
     bundle = Path("/etc/ssl/certs/ca-certificates.crt")
     if bundle.exists():  # of this machine, which may have authorities of its own
-        shutil.copy(bundle, folder / "etc/ssl/certs")
-    run("sh", "-c", f'tar -C "$0" -c . | docker import - {BASE}', str(folder), env=engine)
+        changes.append(f'cp {bundle} "$1/etc/ssl/certs"')
+    options = ["--variant=minbase", f"--include={packages}", *(f"--customize-hook={change}" for change in changes)]
+    environment = dict(os.environ)
+    if shutil.disk_usage("/dev/shm").free > 2**30:  # twice as fast
+        environment["TMPDIR"] = "/dev/shm"
+    run("mmdebstrap", *options, "bookworm", str(file), "http://deb.debian.org/debian", env=environment)
+    run("docker", "import", str(file), BASE, env=engine)
 
 
 def served(folder: str) -> ThreadingHTTPServer:
@@ -78,8 +79,8 @@ def served(folder: str) -> ThreadingHTTPServer:
 def test_a_cluster_of_containers_loses_a_node_and_gets_it_back(engine: dict[str, str], tmp_path: Path) -> None:
     arguments = ["--network", "host"]
     if subprocess.run(["docker", "pull", BASE], env=engine, capture_output=True, check=False).returncode != 0:
-        make_base(engine, tmp_path / "base")
-        shutil.rmtree(tmp_path / "base")
+        make_base(engine, tmp_path / "base.tar")
+        (tmp_path / "base.tar").unlink()
     wheels = os.environ.get("PIP_FIND_LINKS", "")
     if Path(wheels).is_dir():  # where pip has torch from a folder of this machine, so must the build
         port = served(wheels).server_port
@@ -87,4 +88,4 @@ def test_a_cluster_of_containers_loses_a_node_and_gets_it_back(engine: dict[str,
     out = run(f"{ROOT}/docker/try.sh", *arguments, env=engine)
     assert [int(ranks) for ranks in re.findall(r"trains on (\d) ranks", out)] == [2, 1, 2]
     assert out.count("resumed after step") >= 2
-    assert "700 steps on 2 ranks" in out
+    assert "600 steps on 2 ranks" in out

@@ -319,7 +319,7 @@ def no_alarm(transport: str) -> None:
     optimizer = ZeroAdamW(params, lr=torch.tensor(1e-3))
     optimizer.check_agreement(every=1)
     generator = torch.Generator().manual_seed(0)
-    for step in range(10_000 if transport == "shared memory" else 200):
+    for step in range(3_000 if transport == "shared memory" else 200):
         for param in params:
             param.grad = torch.randn(param.shape, generator=generator)
         optimizer.param_groups[0]["lr"].mul_(0.999)

@@ -1,7 +1,6 @@
 """Ranks out of step: an error on every rank that says so, never other numbers and no hang."""
 
 import contextlib
-import itertools
 import random
 import re
 import time
@@ -116,7 +115,7 @@ def test_ranks_out_of_step_raise_on_all(run_ranks: Any, world_size: int, transpo
     kinds = [(fault, True) for fault in WITH_HOOK + ANYWHERE[:-3]] + [(fault, False) for fault in ANYWHERE]
     cases = [
         (fault, hook, rng.randrange(world_size), rng.choice([1, 2]), rng.choice([0.001, 25]))
-        for fault, hook in itertools.islice(itertools.cycle(kinds), 36)
+        for fault, hook in kinds
     ]
     answers = run_ranks(run_all, world_size, cases, transport=transport, hosts=hosts)
     for case, of_ranks in zip(cases, zip(*answers, strict=True), strict=True):
