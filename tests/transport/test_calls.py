@@ -114,8 +114,7 @@ def test_ranks_out_of_step_raise_on_all(run_ranks: Any, world_size: int, transpo
     rng = random.Random(world_size)
     kinds = [(fault, True) for fault in WITH_HOOK + ANYWHERE[:-3]] + [(fault, False) for fault in ANYWHERE]
     cases = [
-        (fault, hook, rng.randrange(world_size), rng.choice([1, 2]), rng.choice([0.001, 25]))
-        for fault, hook in kinds
+        (fault, hook, rng.randrange(world_size), rng.choice([1, 2]), rng.choice([0.001, 25])) for fault, hook in kinds
     ]
     answers = run_ranks(run_all, world_size, cases, transport=transport, hosts=hosts)
     for case, of_ranks in zip(cases, zip(*answers, strict=True), strict=True):
