@@ -31,7 +31,7 @@ from zeroadam.layout.rows import RowRules
 from zeroadam.transport import Backend, shared_memory
 from zeroadam.transport.gloo import Gloo
 
-EXAMPLES = int(os.environ.get("ZEROADAM_TEST_PROGRAMS", "8"))
+EXAMPLES = int(os.environ.get("ZEROADAM_TEST_PROGRAMS", "6"))
 MODES = ("plain", "fresh gradients", "hook", "master", "8bit")
 SHAPES = [(), (3,), (2, 6), (5, 4), (0, 3), (40, 8), (41, 8), (4, 3, 2)]
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6, "fused": False}

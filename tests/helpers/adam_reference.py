@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from zeroadam import ZeroAdam, ZeroAdamW
 
-STEPS = 8
+STEPS = 6
 
 
 PLAIN = {ZeroAdam: torch.optim.Adam, ZeroAdamW: torch.optim.AdamW}

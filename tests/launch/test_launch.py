@@ -185,7 +185,7 @@ def test_wrong_arguments_of_the_benchmark_are_told_in_a_line(options: list[str],
 def test_a_host_sends_every_row_once(hosts: int, ranks: int, tmp_path: Path) -> None:
     """2 (H-1)/H elements per parameter and step, counted on its interface, to 1 %, however many ranks it has."""
     command = [sys.executable, f"{ROOT}/launch/benchmark_hosts.py", f"{hosts}x{ranks}", "5gbit", "--layers", "2"]
-    command += ["--no-peaks", "--context", "16", "--steps", "3"]
+    command += ["--no-peaks", "--width", "256", "--context", "16", "--steps", "3"]
     command += ["--json", f"{tmp_path}/numbers.json", "--only", *SHARDED[3:]]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=at_most(60), env=environment(tmp_path), check=False

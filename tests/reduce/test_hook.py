@@ -30,7 +30,7 @@ from zeroadam import GradScaler, ZeroAdamW, bf16_reduce_scatter_hook, reduce_sca
 from zeroadam.layout.shard import shard
 from zeroadam.reduce import hook
 
-STEPS = 8
+STEPS = 6
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "fused": False}
 
 

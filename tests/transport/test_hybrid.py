@@ -135,17 +135,17 @@ FAULTS = ["step left out", "step repeated", "step interrupted", "backward repeat
 FAULTS += [f"{fault} by a group" for fault in FAULTS if fault != "step interrupted"]
 
 
+@pytest.mark.parametrize("bad", [0, 3])
 @pytest.mark.parametrize("hosts", ["", "aabb", "abab"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_ranks_out_of_step_raise_on_all(run_ranks: Any, fault: str, hosts: str) -> None:
+def test_ranks_out_of_step_raise_on_all(run_ranks: Any, fault: str, hosts: str, bad: int) -> None:
     """Also where all ranks of a shard group do the same, so that only the other replica can tell."""
-    for bad in (0, 3):
-        answers = run_ranks(out_of_step, 4, fault, bad, hosts=hosts)
-        for rank, (message, seconds) in enumerate(answers):
-            assert message, (rank, answers)
-            assert seconds < 10, (rank, answers)
-        if fault.startswith("other lr"):
-            assert all("disagree on lr of group 0: " in message for message, _ in answers), answers
+    answers = run_ranks(out_of_step, 4, fault, bad, hosts=hosts)
+    for rank, (message, seconds) in enumerate(answers):
+        assert message, (rank, answers)
+        assert seconds < 10, (rank, answers)
+    if fault.startswith("other lr"):
+        assert all("disagree on lr of group 0: " in message for message, _ in answers), answers
 
 
 def saved(shape: tuple[int, int], folder: str, load: bool) -> list[Tensor]:
