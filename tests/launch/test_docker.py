@@ -58,7 +58,7 @@ def make_base(engine: dict[str, str], file: Path) -> None:
     """Debian with its own Python, under the name of the image that cannot be pulled."""
     packages = "python3,python3-venv,python3-pip,ca-certificates"
     changes = [f'ln -s /usr/bin/{name}3 "$1/usr/local/bin/{name}"' for name in ("python", "pip")]
-    changes.append('rm "$1"/usr/lib/python3*/EXTERNALLY-MANAGED')
+    changes.append('rm -f "$1"/usr/lib/python3*/EXTERNALLY-MANAGED')
     bundle = Path("/etc/ssl/certs/ca-certificates.crt")
     if bundle.exists():  # of this machine, which may have authorities of its own
         changes.append(f'cp {bundle} "$1/etc/ssl/certs"')

@@ -137,10 +137,14 @@ def test_a_host_that_is_cut_off_or_dies_comes_back(make_hosts: Callable[[int], H
     for index, node in enumerate(nodes):
         assert node.wait(timeout=at_most(60)) == 0, (tmp_path / f"log{index}").read_text()
     assert newest_step(checkpoints) == 400
-    undisturbed = tmp_path / "undisturbed"  # with batches of one rank all the time
-    done = torchrun(1, f"{ROOT}/launch/train.py", *arguments, "--checkpoint-dir", str(undisturbed))
-    assert done.returncode == 0, done.stderr
-    assert loss_after(checkpoints, size) < 1.05 * loss_after(undisturbed, size)
+    found = [loss_after(checkpoints, size)]
+    for world_size in (2, 1):
+        folder = tmp_path / f"undisturbed{world_size}"
+        command = [f"{ROOT}/launch/train.py", *arguments, "--checkpoint-dir", str(folder)]
+        done = torchrun(world_size, *command)
+        assert done.returncode == 0, done.stderr
+        found.append(loss_after(folder, size))
+    assert 0.95 * found[1] < found[0] < 1.05 * found[2], found  # with batches of two ranks, and of one
 
 
 def loss_after(folder: Path, size: dict[str, int]) -> float:
