@@ -291,7 +291,7 @@ def small_groups() -> None:
         plain.step()
     assert_same(ours, plain)
     piece = ours.state[params[5]]["exp_avg"].to_local()
-    assert piece.shape == (300, 512)
+    assert piece.shape == (100, 192)
 
 
 def test_two_groups_of_two_in_a_world_of_four(run_ranks) -> None:

@@ -74,7 +74,7 @@ def step_both(
 def train(cls: type[ZeroAdam], options: dict[str, Any], way: str) -> None:
     params = low_precision()
     copies = float_copies(params)
-    optimizer = cls(params, **OPTIONS, **options, **WAYS[way], bucket_cap_mb=0.5)
+    optimizer = cls(params, **OPTIONS, **options, **WAYS[way], bucket_cap_mb=0.0625)
     plain = PLAIN[cls](copies, **OPTIONS, **options)
     for step in range(6):
         step_both(step, optimizer, params, plain, copies)

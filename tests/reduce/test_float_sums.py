@@ -164,8 +164,11 @@ def compare(
     shape: tuple[int, int] | None = None,
     **options: Any,
 ) -> None:
-    expected = reference(placement or "a" * dist.get_world_size(), case, hook, dtype, way)
-    for step, (mine, its) in enumerate(zip(train(case, hook, dtype, way, shape, options), expected, strict=True)):
+    found = train(case, hook, dtype, way, shape, options)
+    placement = placement or "a" * dist.get_world_size()
+    expected = [reference(placement, case, hook, dtype, way) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(expected)
+    for step, (mine, its) in enumerate(zip(found, expected[0], strict=True)):
         for i, (one, other) in enumerate(zip(mine, its, strict=True)):
             assert torch.equal(one, other), (step, i)
 

@@ -126,11 +126,11 @@ def compare(optimizer: ZeroAdam, params: list[nn.Parameter], plain: torch.optim.
 
 
 def train(cls: type[ZeroAdam], options: dict[str, Any], state: str, way: str | None) -> None:
-    zeroadam.update.adam.BLOCK_NUMEL = 2**14  # less than a piece
+    zeroadam.update.adam.BLOCK_NUMEL = 2**13  # less than a piece
     params = params_of(way)
     copies = float_copies(params)
     kept = {"state_dtype": STATES[state], **(WAYS[way] if way else {})}
-    optimizer = cls(params, **OPTIONS, **options, **kept, bucket_cap_mb=0.5)
+    optimizer = cls(params, **OPTIONS, **options, **kept, bucket_cap_mb=0.0625)
     eligible = [p for p in params if block_numel(p)]
     assert len(eligible) == 8
     assert all(("exp_avg_8bit" in optimizer.state[p]) == (state == "8bit") for p in eligible)
