@@ -18,6 +18,10 @@ from typing import Any, TextIO
 from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import elastic_launch
 
+# What a script leaves behind, kept to the end as it is in a program of its own: where DDP and its process group are
+# collected as garbage, torch 2.13 joins gloo's threads with the interpreter's lock held, which they may wait for.
+_left: list[dict[str, Any]] = []
+
 
 def run_forked(options: Sequence[str]) -> None:
     """As torchrun with these options, but that workers are forked, with the modules that this process has imported."""
@@ -35,7 +39,7 @@ def _run_script(script: str, arguments: Sequence[str]) -> None:
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
     try:
-        runpy.run_path(script, run_name="__main__")
+        _left.append(runpy.run_path(script, run_name="__main__"))
     except Exception:  # which torch would only write to a file
         traceback.print_exc()
         sys.exit(1)

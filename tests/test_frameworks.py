@@ -34,7 +34,7 @@ def after_step(optimizer, *_):
 
 register_optimizer_step_post_hook(after_step)
 sys.argv = [script, steps]
-runpy.run_path(script, run_name="__main__")
+kept = runpy.run_path(script, run_name="__main__")  # or its process group would be garbage, see launch/agent.py
 torch.save([p.detach() for p in params], f"params{rank}.pt")
 """
 # A process of its own may abort on the usual way out, see docs/troubleshooting.md; a forked one ends by this anyway.
