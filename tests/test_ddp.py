@@ -41,9 +41,9 @@ def train(zero: bool, options: dict[str, Any]) -> list[Tensor]:
     decay = [p for p in model.parameters() if p.dim() > 1]
     groups = [{"params": decay}, {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
     optimizer = (ZeroAdamW if zero else torch.optim.AdamW)(groups, lr=1e-2, weight_decay=0.1, **options)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=10)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=20)
     data = torch.Generator().manual_seed(dist.get_rank())
-    for step in range(10):
+    for step in range(20):
         for micro in range(2):
             image = torch.randn(2, 3, 6, 6, generator=data).to(memory_format=torch.channels_last)
             token = torch.randint(0, 11, (5,), generator=data)
@@ -77,5 +77,5 @@ def test_bitwise_equal_to_ddp_with_adamw_on_the_code_path_of_nccl(run_ranks, tra
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_fused_is_equal_up_to_rounding(run_ranks, world_size: int) -> None:
-    """Differences of one unit in the last place (1e-7) that 10 steps of training carry on."""
+    """Differences of one unit in the last place (1e-7) that 20 steps of training carry on."""
     run_ranks(train_both, world_size, {"fused": True}, 1e-5)
