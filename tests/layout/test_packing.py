@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zeroadam.gather.param_bucket import ParamBucket
-from zeroadam.layout.packing import Packing, flat, is_dense
+from zeroadam.layout.packing import Packing, dense_strides, flat, is_dense
 from zeroadam.layout.rows import RowRules, Rows
 from zeroadam.layout.shard import shard
 
@@ -40,6 +40,7 @@ def test_every_rank_gets_what_every_other_wrote(
 ) -> None:
     """W buckets, each of which changes its own pieces; after an exchange of rows all of them hold all changes."""
     expected = [param + 1 for param in params]
+    assert all(dense_strides(param) == torch.empty_like(param).stride() for param in params)
     rules = RowRules(equal, direct_bytes)
     buckets = []
     for rank in range(world_size):

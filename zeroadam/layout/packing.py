@@ -23,7 +23,7 @@ Views = list[Tensor]
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements of `tensor` fill one run of memory, in whatever order."""
-    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    return dense_strides(tensor) == tensor.stride()
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -213,8 +213,11 @@ class Packing:
 
 
 def dense_strides(like: Tensor) -> tuple[int, ...]:
-    """The strides of a tensor without gaps, in the stride order of `like`."""
-    return torch.empty_like(like, device="meta").stride()
+    """The strides of a tensor without gaps, in the stride order of `like`: those of `torch.empty_like`.
+
+    For a tensor without memory that is computed in Python, in 0.2 ms, so only where it is another answer.
+    """
+    return like.stride() if like.is_contiguous() else torch.empty_like(like, device="meta").stride()
 
 
 def _slot(row: Tensor, offset: int, like: Tensor) -> Tensor:

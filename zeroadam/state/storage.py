@@ -86,7 +86,8 @@ class Storage:
     def new_tensor(self, param: Tensor, name: str) -> Tensor:
         """State before the first step, of which this rank holds its piece: zeros; for a master, the parameter."""
         whole = layout(param, name, self.options.precision(param))
-        local = torch.zeros_like(shard(whole, self.world_size, self.rank), device=param.device)
+        own = shard(whole, self.world_size, self.rank)
+        local = torch.empty_strided(own.shape, dense_strides(own), dtype=own.dtype, device=param.device).zero_()
         if name == "master":
             local.copy_(shard(param.detach(), self.world_size, self.rank))
         return self.as_dtensor(local, whole, param)
