@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from zeroadam import ZeroAdam, ZeroAdamW
 from zeroadam.transport.backend import Backend
@@ -65,6 +66,19 @@ def full(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def mine(value: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's piece of a tensor of state, and what is to be there of a whole one, where DTensor says that it lies.
+
+    As each rank looks at its own, all of it is looked at, and nothing travels.
+    """
+    if not isinstance(value, DTensor):
+        return value, whole
+    assert value.shape == whole.shape
+    shape, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+    cut = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    return value.to_local(), whole[cut]
+
+
 def assert_same(
     ours: torch.optim.Optimizer, plain: torch.optim.Optimizer, rtol: float = 0.0, atol: float = 0.0
 ) -> None:
@@ -73,7 +87,7 @@ def assert_same(
             torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
             for key, value in plain.state[q].items():
                 torch.testing.assert_close(
-                    full(ours.state[p][key]), value, rtol=rtol, atol=atol, msg=lambda m, k=key: f"{k}: {m}"
+                    *mine(ours.state[p][key], value), rtol=rtol, atol=atol, msg=lambda m, k=key: f"{k}: {m}"
                 )
 
 
@@ -85,21 +99,21 @@ def assert_same_on_all_ranks(params: list[Any]) -> None:
 
 
 def train_both(cls: type[ZeroAdam], options: dict[str, Any], rtol: float = 0.0, atol: float = 0.0) -> None:
-    mine, theirs = parameters(), parameters()
+    params, theirs = parameters(), parameters()
 
     if options.get("fused"):
         theirs = dense(theirs)
 
-    def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
-        decayed = [p for p in params[::2] if p.itemsize >= 4 or cls is ZeroAdamW]
-        others = [p for p in params if not any(p is q for q in decayed)]
+    def groups(some: list[nn.Parameter]) -> list[dict[str, Any]]:
+        decayed = [p for p in some[::2] if p.itemsize >= 4 or cls is ZeroAdamW]
+        others = [p for p in some if not any(p is q for q in decayed)]
         return [{"params": decayed, "weight_decay": 0.1}, {"params": others, "lr": 3e-3, "weight_decay": 0.0}]
 
-    ours = cls(groups(mine), lr=1e-2, eps=1e-6, bucket_cap_mb=0.125, **options)
+    ours = cls(groups(params), lr=1e-2, eps=1e-6, bucket_cap_mb=0.125, **options)
     plain = PLAIN[cls](groups(theirs), lr=1e-2, eps=1e-6, **options)
     for step in range(STEPS):
-        set_gradients(step, mine, theirs)
+        set_gradients(step, params, theirs)
         ours.step()
         plain.step()
     assert_same(ours, plain, rtol, atol)
-    assert_same_on_all_ranks(mine)
+    assert_same_on_all_ranks(params)

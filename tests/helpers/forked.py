@@ -22,6 +22,8 @@ CONTEXT.set_forkserver_preload(
         *("hypothesis", "pytest", "torch._dynamo", "torch.distributed.optim", "torch.distributed.tensor"),
         *("torch.distributed.checkpoint.state_dict", "torch.distributed.run", "zeroadam.checkpoint"),
         *("zeroadam.plain_file", "zeroadam.cli.checkpoint_commands", "bitsandbytes.functional"),
+        # What torch imports at the first use of a profiler's mark and of a checkpoint; older ones have not all of it.
+        *("torch.profiler._cupti_monitor", "torch.distributed.checkpoint._fsspec_filesystem"),
     ]
 )
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-BACKENDS = ("backend", "late backend")  # see `TRANSPORTS` in tests/conftest.py
+BACKENDS = ("backend", "late backend")  # see `TRANSPORTS` in tests/helpers/ranks.py
 
 
 def on_a_backend(*world_sizes: int) -> pytest.MarkDecorator:
