@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,10 @@ def test_the_folder_of_checkpoints_names_the_newest(run_ranks, tmp_path: Path) -
     assert f"but {tmp_path}/runs/two does" in zeroadam("inspect", f"{tmp_path}/runs").stderr
 
 
-def test_version() -> None:
-    assert zeroadam("--version").stdout == f"zeroadam {package.__version__}\n"
-    assert zeroadam("--version").returncode == 0
+@pytest.mark.parametrize("command", [[COMMAND], [sys.executable, "-m", "zeroadam"]], ids=["command", "module"])
+def test_version(command: list[Any]) -> None:
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=at_most(30))
+    assert (done.returncode, done.stdout) == (0, f"zeroadam {package.__version__}\n"), done.stderr
 
 
 @pytest.mark.parametrize("command", ["inspect", "export"])
