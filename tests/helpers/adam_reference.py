@@ -116,4 +116,6 @@ def train_both(cls: type[ZeroAdam], options: dict[str, Any], rtol: float = 0.0, 
         ours.step()
         plain.step()
     assert_same(ours, plain, rtol, atol)
+    gathered, expected = full(ours.state[params[6]]["exp_avg"]), plain.state[theirs[6]]["exp_avg"]
+    torch.testing.assert_close(gathered, expected, rtol=rtol, atol=atol)
     assert_same_on_all_ranks(params)
