@@ -215,7 +215,7 @@ class Packing:
 def dense_strides(like: Tensor) -> tuple[int, ...]:
     """The strides of a tensor without gaps, in the stride order of `like`: those of `torch.empty_like`.
 
-    Torch finds them in Python, in 0.2 ms, where `like` has no memory, so a row-major tensor is not asked for.
+    Where `like` has no memory torch computes them in Python, in 0.2 ms; a row-major tensor has them already.
     """
     return like.stride() if like.is_contiguous() else torch.empty_like(like, device="meta").stride()
 

@@ -86,8 +86,7 @@ class Storage:
     def new_tensor(self, param: Tensor, name: str) -> Tensor:
         """State before the first step, of which this rank holds its piece: zeros; for a master, the parameter."""
         whole = layout(param, name, self.options.precision(param))
-        own = shard(whole, self.world_size, self.rank)
-        local = torch.empty_strided(own.shape, dense_strides(own), dtype=own.dtype, device=param.device).zero_()
+        local = _empty(shard(whole, self.world_size, self.rank), param.device).zero_()
         if name == "master":
             local.copy_(shard(param.detach(), self.world_size, self.rank))
         return self.as_dtensor(local, whole, param)
@@ -191,12 +190,17 @@ class Storage:
                 f"a state of shape {tuple(value.shape)} is sharded otherwise than this optimizer shards it: load it "
                 "with torch.distributed.checkpoint"
             )
-        piece = torch.empty_strided(own.shape, dense_strides(own), dtype=own.dtype, device=param.device).copy_(piece)
+        piece = _empty(own, param.device).copy_(piece)
         return piece, self.as_dtensor(piece, whole, param)
 
 
 # The end of a message about an entry of `state`.
 OR_ANEW = ", or delete optimizer.state[p] for the parameter p to start anew"
+
+
+def _empty(like: Tensor, device: torch.device) -> Tensor:
+    """Memory without gaps for a tensor of the shape, stride order and dtype of `like`."""
+    return torch.empty_strided(like.shape, dense_strides(like), dtype=like.dtype, device=device)
 
 
 def same_strides(piece: Tensor, like: Tensor) -> bool:
